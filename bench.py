@@ -1,0 +1,192 @@
+"""Speed and memory of every encoding, in training and in cached decoding, at the training length T and at 16 T.
+
+    python bench.py                          # the default model
+    python bench.py configs/small_gpu.py --table=docs/bench.md
+
+Encodings take turns, round after round, and each figure is the median of its rounds: machines drift, ratios within one
+run hold. Memory is the peak of a process of its own.
+"""
+
+import dataclasses
+import multiprocessing
+import resource
+import statistics
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tqdm import tqdm
+
+import configs
+import device as devices
+import report
+import runs
+import train
+from configs import Config
+from data import tokenizer
+from errors import run
+from model import Cache, generate
+from posenc import ENCODINGS
+
+LONG = 16  # the long context, in training lengths
+CONTEXT = 1024  # where decoding from a cache is compared with computing the whole context anew
+
+
+@dataclass
+class Bench(Config):
+    """A Config, and how to measure."""
+
+    usage: ClassVar[str] = "python bench.py [configs/FILE.py ...] [--key=value ...]"
+
+    rounds: int = 7  # times that every figure is taken
+    decode_tokens: int = 16  # tokens decoded in a round
+    table: str = ""  # also write the table to this Markdown file, with what made it
+
+
+def variant(config, name, length):
+    """The config with another encoding and context, at the same number of tokens a step."""
+    rows = max(1, config.batch_size * config.train_length // length)
+    return dataclasses.replace(config, posenc=name, train_length=length, batch_size=rows, length_schedule={})
+
+
+def training_step(config, device):
+    """A function that trains one step on random tokens, and the number of those."""
+    model = runs.build(config, device.device)
+    optimizers = train.make_optimizers(model, config)
+    forward = torch.compile(model) if config.compile is True or device.device.type == "cuda" else model
+    tokens = torch.randint(config.vocab_size, (config.batch_size, config.train_length), device=device.device)
+
+    def step():
+        with device.autocast():
+            loss = forward(tokens, tokens).mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        device.synchronize()
+
+    return step, tokens.numel()
+
+
+def decoder(config, device, context, count):
+    """A function that decodes `count` tokens after `context` ones from a cache."""
+    spec = 'learned(overflow="clamp")' if config.posenc == "learned" else config.posenc
+    model = runs.build(dataclasses.replace(config, posenc=spec), device.device).eval()
+    tokens = torch.randint(config.vocab_size, (1, context), device=device.device)
+    cache = Cache()
+    with torch.inference_mode(), device.autocast():
+        for part in tokens.split(512, dim=1):
+            model(part, cache=cache, last=1)
+
+    @torch.inference_mode()
+    def decode():
+        with device.autocast():
+            for _ in range(count):
+                model(tokens[:, :1], cache=cache)
+        device.synchronize()
+        cache.pos, cache.length, cache.next = cache.pos[:context], context, context  # as it was
+
+    return decode
+
+
+def median_times(functions, rounds):
+    """{key: function} -> {key: median seconds}: one call each to warm up, then all of them in turn."""
+    for function in tqdm(functions.values(), "warming up", disable=None, leave=False):
+        function()
+    seconds = {key: [] for key in functions}
+    for _ in tqdm(range(rounds), "measuring", disable=None, leave=False):
+        for key, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[key].append(time.perf_counter() - start)
+    return {key: statistics.median(times) for key, times in seconds.items()}
+
+
+def peak_memory(config, queue):
+    """In a process of its own: MiB at the peak of three training steps."""
+    device = devices.choose(config.device, config.dtype)
+    step, _ = training_step(config, device)
+    for _ in range(3):
+        step()
+    if device.device.type == "cuda":
+        queue.put(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def in_own_process(function, *arguments):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=function, args=(*arguments, queue))
+    process.start()
+    value = queue.get()
+    process.join()
+    return value
+
+
+def main(argv):
+    _, settings = configs.parse(argv, Bench)
+    config = configs.make(Bench, settings)
+    config.vocab_size = config.vocab_size or tokenizer.load(config.tokenizer).n_vocab
+    device = devices.choose(config.device, config.dtype)
+    serving = devices.choose(config.device, config.dtype, inference=True)
+    T = config.train_length
+    lengths = (T, LONG * T)
+
+    steps = {(name, n): training_step(variant(config, name, n), device) for name in ENCODINGS for n in lengths}
+    trained = median_times({key: step for key, (step, _) in steps.items()}, config.rounds)
+    speed = {key: steps[key][1] / seconds for key, seconds in trained.items()}
+    del steps
+    decoders = {
+        (name, n): decoder(variant(config, name, T), serving, n, config.decode_tokens)
+        for name in ENCODINGS
+        for n in lengths
+    }
+    decoded = median_times(decoders, config.rounds)
+    del decoders
+    cells = [(name, n) for name in ENCODINGS for n in lengths]
+    memory = {
+        cell: in_own_process(peak_memory, variant(config, *cell))
+        for cell in tqdm(cells, "memory", disable=None, leave=False)
+    }
+
+    lines = [
+        f"| encoding | train tokens/s at T = {T} | / none | at {LONG} T | / none | decode ms/token at T | at {LONG} T "
+        f"| train MiB at T | at {LONG} T |",
+        "|---" * 9 + "|",
+    ]
+    for name in ENCODINGS:
+        row = [name]
+        for n in lengths:
+            row += [f"{speed[name, n]:,.0f}", f"{speed[name, n] / speed['none', n]:.2f}"]
+        row += [f"{decoded[name, n] / config.decode_tokens * 1e3:.2f}" for n in lengths]
+        row += [f"{memory[name, n]:,.0f}" for n in lengths]
+        lines.append("| " + " | ".join(row) + " |")
+    lines += ["", against_recomputing(config, serving)]
+    print("\n".join(lines))
+    if config.table:
+        command = " ".join(["python bench.py", *argv])
+        report.write_table(config.table, "bench", lines, command, device.device, dtype=device.dtype)
+
+
+def against_recomputing(config, device):
+    """One line: a token from the cache against a token from its whole context of CONTEXT tokens."""
+    small = variant(config, "rope", config.train_length)
+    model = runs.build(small, device.device).eval()
+    tokens = torch.randint(small.vocab_size, (1, CONTEXT), device=device.device)
+
+    def recompute():
+        with device.autocast():
+            next(generate(model, tokens, 1, crop=CONTEXT))
+        device.synchronize()
+
+    seconds = median_times({"cache": decoder(small, device, CONTEXT, 1), "recompute": recompute}, 3 * config.rounds)
+    return (
+        f"rope, context of {CONTEXT}: {seconds['cache'] * 1e3:.2f} ms/token from the cache, "
+        f"{seconds['recompute'] * 1e3:.2f} ms computing it anew: {seconds['recompute'] / seconds['cache']:.0f} times"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,164 @@
+"""Data sets as token files, and the batch as a pure function of (seed, step).
+
+A data set is a module with `signature(config)`, a value that changes when its text may have changed, and
+`documents(config)`, which yields (split, text). It is tokenised once into a folder of its own,
+
+    data/tokens/<dataset>-<tokenizer>-<key>/train.bin  val.bin  meta.json
+
+of little-endian uint16 or uint32 ids, memory-mapped. Every document ends with the end-of-text token.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data import python, shakespeare, text, tokenizer
+from errors import UserError
+
+SOURCES = {"python": python, "shakespeare": shakespeare, "text": text}
+SPLITS = ("train", "val")
+
+
+@dataclass
+class Dataset:
+    train: np.ndarray  # (tokens,) memory-mapped ids
+    val: np.ndarray
+    meta: dict  # see `prepare`
+    folder: Path
+
+    def documents(self, split):
+        """(documents + 1,) int64: where each document of the split begins, and where the last one ends."""
+        return np.array([*self.meta["documents"][split], self.meta["tokens"][split]])
+
+
+def open_dataset(config, encoding):
+    """The token files of config.dataset under the tokenizer `encoding`, prepared if they are missing.
+
+    UserError for text that cannot be had or read, for token files that are damaged or not this tokenizer's, and for a
+    text shorter than one window.
+    """
+    source, fingerprint = SOURCES[config.dataset], tokenizer.fingerprint(encoding)
+    key = hashlib.sha256(repr((source.signature(config), fingerprint)).encode()).hexdigest()[:8]
+    folder = Path(config.data_dir) / "tokens" / f"{config.dataset}-{Path(config.tokenizer).stem}-{key}"
+    if not (folder / "meta.json").exists():
+        prepare(source, config, encoding, fingerprint, folder)
+    dataset = check(folder, encoding, fingerprint)
+    longest = max(length for _, length in config.phases)
+    for split in SPLITS:
+        found, name = len(getattr(dataset, split)), config.text or config.dataset
+        if found <= longest:
+            raise UserError(
+                f"{name} is too short: its {split} part has {found} tokens, one window of train_length={longest} needs "
+                f"{longest + 1}; give more text or a smaller train_length"
+            )
+    return dataset
+
+
+def prepare(source, config, encoding, fingerprint, folder):
+    """Tokenise the documents of `source` into `folder`, which appears only when it is whole."""
+    dtype = np.dtype("<u2" if encoding.n_vocab <= 1 << 16 else "<u4")
+    part = folder.with_name(f"{folder.name}.{platform.node()}-{os.getpid()}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    end = np.array([encoding.encode_single_token(tokenizer.END_OF_TEXT)], dtype)
+    starts, tokens = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
+    digest = {split: hashlib.sha256() for split in SPLITS}
+    try:
+        with open(part / "train.bin", "wb") as train, open(part / "val.bin", "wb") as val:
+            files = {"train": train, "val": val}
+            for split, document in tqdm(
+                source.documents(config), f"tokenising {config.dataset}", unit="", disable=None
+            ):
+                if not document:
+                    continue
+                ids = np.concatenate((np.array(encoding.encode_ordinary(document), dtype), end))
+                starts[split].append(tokens[split])
+                tokens[split] += len(ids)
+                digest[split].update(ids.tobytes())
+                files[split].write(ids.tobytes())
+        meta = {
+            "dataset": config.dataset,
+            "tokenizer": config.tokenizer,
+            "tokenizer_fingerprint": fingerprint,
+            "vocab_size": encoding.n_vocab,
+            "dtype": dtype.str,
+            "tokens": tokens,
+            "checksum": hashlib.sha256("".join(digest[split].hexdigest() for split in SPLITS).encode()).hexdigest(),
+            "documents": starts,
+        }
+        (part / "meta.json").write_text(json.dumps(meta))
+        try:
+            os.rename(part, folder)
+        except OSError:  # another process was faster
+            if not (folder / "meta.json").exists():
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check(folder, encoding, fingerprint):
+    """Open the token files in `folder`. UserError for whatever does not fit together, with what to do."""
+    again = f"remove the folder {folder} and it is made again"
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        dtype = np.dtype(meta["dtype"])
+        counts = {split: meta["tokens"][split] for split in SPLITS}
+        known, size = (
+            meta["tokenizer_fingerprint"],
+            {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS},
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged ({type(error).__name__}: {error}); {again}") from None
+    if known != fingerprint:
+        raise UserError(f"{folder} holds the tokens of another tokenizer; {again}")
+    files = {}
+    for split in SPLITS:
+        file = folder / f"{split}.bin"
+        if dtype.str not in ("<u2", "<u4") or size[split] != counts[split] * dtype.itemsize:
+            raise UserError(
+                f"{file} has {size[split]} bytes instead of {counts[split]} tokens of {dtype.itemsize}: cut short, or "
+                f"of another dtype; {again}"
+            )
+        ids = np.memmap(file, dtype, "r") if counts[split] else np.empty(0, dtype)
+        sample = ids[:: max(1, len(ids) >> 26)]  # all of it up to 67 million tokens
+        if len(sample) and sample.max() >= encoding.n_vocab:
+            raise UserError(f"{file} has ids beyond the vocabulary of {encoding.n_vocab} tokens; {again}")
+        files[split] = ids
+    return Dataset(files["train"], files["val"], meta, folder)
+
+
+def batch(tokens, length, count, key, step, part=slice(None)):
+    """Inputs and targets (rows, length), int64, of the `part` of the `count` windows that make up step `step`.
+
+    A pure function of its arguments: windows are drawn without replacement, epoch by epoch, in an order that `key`
+    (integers: the seed, and the phase of a length schedule) and the epoch decide. Each epoch lays its windows at
+    another offset. So nothing about the data needs saving, and any number of processes sees what one would.
+    """
+    per_epoch = max(1, (len(tokens) - length) // length)
+    rows = []
+    for index in range(step * count, (step + 1) * count)[part]:
+        order, offset = epoch_order(len(tokens), length, per_epoch, key, index // per_epoch)
+        start = offset + length * order[index % per_epoch]
+        rows.append(tokens[start : start + length + 1])
+    rows = np.stack(rows).astype(np.int64)
+    return rows[:, :-1], rows[:, 1:]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(total, length, per_epoch, key, epoch):
+    generator = np.random.default_rng([*key, epoch])
+    return generator.permutation(per_epoch), generator.integers(min(length, total - per_epoch * length))
+
+
+def even_windows(tokens, length, count):
+    """Inputs and targets (<= count, length) from evenly spread places without overlap: a fixed set to evaluate on."""
+    starts = np.linspace(0, len(tokens) - length - 1, min(count, (len(tokens) - 1) // length)).astype(np.int64)
+    rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
+    return rows[:, :-1], rows[:, 1:]

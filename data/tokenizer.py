@@ -1,0 +1,71 @@
+"""Text to tokens and back: every tokenizer is a tiktoken.Encoding, whatever its vocabulary.
+
+bytes        the 256 bytes and an end-of-text token; the default
+bpe          4,096 tokens learned by data/bpe.py from the source of the Python standard library; shipped
+gpt2, ...    tiktoken's own, downloaded by tiktoken on first use
+a file       FILE.tiktoken, as `python -m data.bpe` writes it
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from data import bpe
+from errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SHIPPED = {"bpe": Path(__file__).parent / "python4096.tiktoken"}
+
+
+def load(name):
+    """A tokenizer's name -> tiktoken.Encoding. UserError says what to type, or where to put a file."""
+    if name == "bytes":
+        return make(name, r"(?s:.)", {bytes([byte]): byte for byte in range(256)})
+    path = SHIPPED.get(name, Path(name))
+    if path.suffix == ".tiktoken":
+        try:
+            return make(name, bpe.PATTERN, bpe.load(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"tokenizer {name} cannot be read: {error}") from None
+    known = ["bytes", *SHIPPED, *tiktoken.list_encoding_names()]
+    if name not in known:
+        raise UserError(f"no tokenizer is called '{name}'; choose from {', '.join(known)}, or a file FILE.tiktoken")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # requests' errors, OSError, or a checksum's ValueError: tiktoken passes on what it met
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"the vocabulary of tokenizer {name} cannot be downloaded ({type(error).__name__}: {reason}); set "
+            "TIKTOKEN_CACHE_DIR to a folder with tiktoken's cached files of another machine, or use --tokenizer=bpe"
+        ) from None
+
+
+def make(name, pattern, ranks):
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def fingerprint(tokenizer):
+    """A checksum of what every id stands for: two tokenizers with the same one read each other's tokens."""
+    digest = hashlib.sha256()
+    for token in token_bytes(tokenizer):
+        digest.update(len(token).to_bytes(4, "little") + token)
+    return digest.hexdigest()[:16]
+
+
+def token_bytes(tokenizer):
+    """The bytes of every id; special tokens, and ids that the vocabulary leaves out, have none."""
+    special = {tokenizer.encode_single_token(text) for text in tokenizer.special_tokens_set}
+    listed = []
+    for token in range(tokenizer.n_vocab):
+        try:
+            listed.append(b"" if token in special else tokenizer.decode_single_token_bytes(token))
+        except KeyError:
+            listed.append(b"")
+    return listed
+
+
+def byte_lengths(tokenizer):
+    """(V,) int64: how many bytes of text each id stands for; bits per byte divides by their sum."""
+    return np.array([len(token) for token in token_bytes(tokenizer)])

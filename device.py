@@ -1,0 +1,133 @@
+"""Where a run computes: device, precision and processes. The rest of the code asks here instead of guessing."""
+
+import contextlib
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+
+
+@dataclass
+class Device:
+    """One process's place in a run."""
+
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; weights are float32
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def main(self):
+        """The one process that prints and writes."""
+        return self.rank == 0
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, *values):
+        """Every value (float) added up over the processes, in float64 where the device has it."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return tuple(total.tolist())
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def choose(device="auto", dtype="auto", inference=False):
+    """Settings -> Device. Joins the process group when `torchrun` started this process.
+
+    auto takes CUDA, then MPS, then the CPU; and bfloat16 where the hardware multiplies it, else float16 on CUDA, else
+    float32. Decoding on the CPU is bound by memory and gains nothing from bfloat16, so `inference` takes float32 there.
+    UserError for what this machine lacks.
+    """
+    rank, world, local_rank = (int(os.environ.get(key, fallback)) for key, fallback in
+                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device={device}: choose from auto, cpu, cuda, cuda:1, mps") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device={device}: choose from auto, cpu, cuda, cuda:1, mps")
+    if chosen.type == "cuda":
+        index = local_rank if world > 1 else chosen.index or 0
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device={device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device={device}: this machine has no MPS")
+    if chosen.type == "mps" and world > 1:
+        raise UserError("torchrun needs --device=cpu or cuda: MPS knows no processes")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    chosen_dtype = best_dtype(chosen, inference) if dtype == "auto" else dtypes[dtype]
+    return Device(chosen, chosen_dtype, rank, world, local_rank)
+
+
+def best_dtype(device, inference):
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and not inference and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def describe(device):
+    """The hardware in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def can_compile(device):
+    """torch.compile needs a C++ compiler on the CPU."""
+    return device.type != "cpu" or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl"))
+
+
+# Peak of dense bfloat16 products in FLOP/s, from the vendor's data sheets.
+PEAK = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+}
+
+
+def peak(device):
+    """FLOP/s that the hardware can reach, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((value for key, value in PEAK.items() if key in name), None)

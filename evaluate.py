@@ -1,0 +1,156 @@
+"""How far checkpoints extrapolate: the loss of the same tokens under ever longer contexts.
+
+    python evaluate.py out/rope out/alibi --picture=length.png
+
+The targets are the last T/4 tokens of windows inside one long validation document each, and the input is the L tokens
+that end there, for L from T/2 to 8 T. So every length is asked the same question and only the context grows: a curve
+that falls uses the longer context, one that is flat ignores it, one that rises is broken by it.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+import data
+import device as devices
+import report
+import runs
+from configs import flags, make
+from errors import UserError, run
+from model import Cache
+
+MULTIPLES = (0.5, 1, 1.5, 2, 4, 8)  # of the training length
+
+
+@torch.inference_mode()
+def validation_loss(model, windows, token_bytes, device, rows):
+    """Mean loss of `windows`, inputs and targets (N, T), `rows` at a time -> (nats per token, bits per byte).
+
+    token_bytes (V,) are the bytes that each token stands for. The processes of a run share the windows among them.
+    """
+    inputs, targets = (half[device.rank :: device.world] for half in windows)
+    nats = 0.0
+    for x, y in zip(batches(inputs, rows), batches(targets, rows), strict=True):
+        with device.autocast():
+            nats += model(x.to(device.device), y.to(device.device)).double().sum().item()
+    nats, tokens, size = device.sum(nats, targets.size, float(token_bytes[targets].sum()))
+    return nats / tokens, nats / size / math.log(2)
+
+
+def batches(array, rows):
+    return torch.from_numpy(array).split(rows) if len(array) else []
+
+
+def long_windows(dataset, length, step, count):
+    """(<= count, length + 1) ids from the validation set: windows inside one document each, from as many documents as
+    there are, whose last `step` tokens differ. Where no document is long enough, windows span documents."""
+    borders = dataset.documents("val")
+    if np.diff(borders).max() <= length:
+        borders = borders[[0, -1]]
+    ends = [
+        (turn, end)  # first one window of every document, then a second of each, ...
+        for begin, stop in itertools.pairwise(borders)
+        for turn, end in enumerate(range(begin + length + 1, stop + 1, step))
+    ]
+    chosen = [end for _, end in sorted(ends)[:count]]
+    return np.stack([dataset.val[end - length - 1 : end] for end in chosen]).astype(np.int64)
+
+
+@torch.inference_mode()
+def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 15, chunk=512):
+    """Loss against context -> {"train_length", "lengths", "loss", ...}, as length.json holds it.
+
+    `count` windows are scored at each length that the encoding has positions for. At most `budget` tokens are computed
+    at once, and their context enters a cache in chunks of queries, so the attention of long ones fits in memory.
+    """
+    T = model.config.train_length
+    scored = max(1, T // 4)
+    lengths = [max(scored, int(T * multiple)) for multiple in multiples]
+    fit = [length for length in lengths if length < len(dataset.val)]
+    windows = long_windows(dataset, fit[-1], scored, count)
+    mine = windows[device.rank :: device.world]
+    losses = []
+    for length in (length for length in fit if length <= model.max_length):
+        nats = 0.0
+        for rows in batches(mine, max(1, budget // length)):
+            rows = rows[:, -length - 1 :].to(device.device)
+            context, last, targets = rows[:, : length - scored], rows[:, length - scored : -1], rows[:, -scored:]
+            cache = Cache()
+            with device.autocast():
+                for part in context.split(chunk, dim=1) if context.shape[1] else ():
+                    model(part, cache=cache, last=1)
+                nats += model(last, targets, cache=cache).double().sum().item()
+        (total,) = device.sum(nats)
+        losses.append(total / (len(windows) * scored))
+    return {
+        "train_length": T,
+        "lengths": [length for length in fit if length <= model.max_length],
+        "loss": losses,
+        "targets": len(windows) * scored,
+        "max_length": None if model.max_length == math.inf else model.max_length,
+    }
+
+
+def table(results):
+    """{name: length_loss's result} -> lines of a Markdown table, losses in nats per token at multiples of T."""
+    multiples = sorted({length / r["train_length"] for r in results.values() for length in r["lengths"]})
+    lines = ["| loss at | " + " | ".join(f"{multiple:g} T" for multiple in multiples) + " |"]
+    lines.append("|---" * (len(multiples) + 1) + "|")
+    for name, result in results.items():
+        loss = {
+            length / result["train_length"]: loss
+            for length, loss in zip(result["lengths"], result["loss"], strict=True)
+        }
+        cells = [f"{loss[multiple]:.3f}" if multiple in loss else "no position" for multiple in multiples]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def picture(path, results):
+    series = {name: ([length / r["train_length"] for length in r["lengths"]], r["loss"]) for name, r in results.items()}
+    report.lines(path, series, "context / training length", "loss (nats per token)", log_x=True, mark_x=1)
+
+
+@dataclass
+class Options:
+    usage: ClassVar[str] = "python evaluate.py RUN [RUN ...] [--key=value ...]"
+
+    targets: int = 256  # windows scored at every length
+    table: str = ""  # also write the table to this Markdown file, with what made it
+    picture: str = ""  # also draw the curves into this PNG
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    data_dir: str = ""  # where the token files are; by default where the run had them
+
+
+def main(argv):
+    paths, given = flags(argv, Options)
+    options = make(Options, given)
+    if not paths:
+        raise UserError(f"which runs? usage: {Options.usage}")
+    results = {}
+    for path in paths:
+        device = devices.choose(options.device)
+        model, config, encoding = runs.open_run(path, device.device)
+        if options.data_dir:
+            config.data_dir = options.data_dir
+        dataset = data.open_dataset(config, encoding)
+        name = Path(path).name if Path(path).is_dir() else Path(path).stem
+        results[name] = length_loss(model, dataset, device, options.targets)
+        if Path(path).is_dir():
+            runs.write_json(Path(path) / "length.json", results[name] | report.provenance(device.device))
+    lines = table(results)
+    print("\n".join(lines))
+    if options.table:
+        command = " ".join(["python evaluate.py", *argv])
+        report.write_table(options.table, "evaluate", lines, command, device.device, targets=options.targets)
+    if options.picture:
+        picture(options.picture, results)
+
+
+if __name__ == "__main__":
+    run(main)

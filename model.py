@@ -1,0 +1,352 @@
+"""A GPT in one file: embeddings, blocks of attention and feed-forward, a cache for decoding, and generate.
+
+Shapes: B sequences, T tokens of this call, S keys (those of this call and those in the cache), C the model's width,
+H heads of width D, V tokens in the vocabulary. Position enters through posenc.py alone.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import posenc
+
+
+@dataclass
+class GPTConfig:
+    """The model's settings. The comment beside a setting is its line in `--help`."""
+
+    posenc: str | list = "rope"  # positional encoding: a name, name(argument=value), or a list cycled over the layers
+    train_length: int = 128  # T, the context length in tokens that training sees
+    vocab_size: int = 0  # tokens in the vocabulary; 0 takes the tokenizer's
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads
+    n_kv_head: int = 0  # heads of keys and values, each serving n_head / n_kv_head query heads; 0 means n_head
+    n_embd: int = 192  # C, the width of the model
+    n_hidden: int = 0  # width of the feed-forward layer; 0 means 4 C, or 8/3 C for swiglu
+    activation: Literal["relu2", "gelu", "swiglu"] = "relu2"  # of the feed-forward layer
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation before attention, feed-forward and head
+    norm_affine: bool = False  # normalisation layers have learned weights (layernorm: and biases)
+    embed_norm: bool = True  # normalise token embeddings, and what the encoding adds to them, each on its own
+    qk_norm: bool = False  # normalise queries and keys; changes the scale that attention biases act on
+    bias: bool = False  # linear layers have biases
+    init_std: float = 0.0  # standard deviation of initial weights; 0 means 1 / sqrt(inputs)
+    zero_init: bool = True  # output projections start at zero, so every block starts as the identity
+    tie_embeddings: bool = False  # the head uses the token embeddings
+    logit_softcap: float = 0.0  # c > 0 squashes logits to c tanh(logits / c)
+    dropout: float = 0.0  # on embeddings, attention weights and block outputs
+
+    def __post_init__(self):
+        for key in ("train_length", "n_layer", "n_head", "n_embd"):
+            require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
+        for key in ("vocab_size", "n_kv_head", "n_hidden", "logit_softcap"):
+            require(getattr(self, key) >= 0, f"{key} must not be negative")
+        require(self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        require(self.n_head % self.kv_heads == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head")
+        require(0 <= self.dropout < 1, f"dropout must lie in 0 ... 1, not {self.dropout}")
+        posenc.build(self.posenc, self.n_layer, **self.sizes)  # raises ValueError for what cannot be built
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def hidden(self):
+        return self.n_hidden or (int(self.n_embd * 8 / 3) if self.activation == "swiglu" else 4 * self.n_embd)
+
+    @property
+    def sizes(self):
+        """What every positional encoding is told."""
+        head_dim = self.n_embd // self.n_head
+        return dict(
+            n_embd=self.n_embd,
+            n_head=self.n_head,
+            n_kv_head=self.kv_heads,
+            head_dim=head_dim,
+            train_length=self.train_length,
+        )
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+class Cache:
+    """Keys and values of every layer, preallocated and doubled when full, with the position of every kept token.
+
+    A window bounds it: tokens that no later query can see are dropped, so memory and time per token stay constant.
+    """
+
+    def __init__(self, window=None, sinks=0):
+        self.window, self.sinks = window, sinks
+        self.next = 0  # the position of the next token
+        self.length = 0  # tokens held
+        self.layers = {}  # layer -> {name: (B, H_kv, capacity, D)}
+        self.pos = None  # (length,)
+
+    def advance(self, pos):
+        """Take in the positions (T,) of the tokens that the coming call appends; returns those of all keys (S,)."""
+        if self.window and self.length > 2 * (self.window + self.sinks):
+            self.drop(self.length - self.window - self.sinks)
+        self.pos = pos if self.pos is None else torch.cat((self.pos, pos))
+        self.length, self.next = len(self.pos), self.next + len(pos)
+        return self.pos
+
+    def append(self, layer, **new):
+        """new: name -> (B, H, T, D) of the tokens just announced by `advance`; returns name -> (B, H, S, D)."""
+        held = self.layers.setdefault(layer, {})
+        for name, x in new.items():
+            old = held.get(name)
+            if old is None or old.shape[2] < self.length:
+                held[name] = x.new_empty(*x.shape[:2], max(64, 2 * self.length), x.shape[3])
+                if old is not None:
+                    held[name][:, :, : old.shape[2]] = old
+            held[name][:, :, self.length - x.shape[2] : self.length] = x
+        return [held[name][:, :, : self.length] for name in new]
+
+    def drop(self, count):
+        """Forget the `count` oldest tokens after the sinks."""
+        for held in self.layers.values():
+            for x in held.values():
+                x[:, :, self.sinks : self.length - count] = x[:, :, self.sinks + count : self.length].clone()
+        self.pos = torch.cat((self.pos[: self.sinks], self.pos[self.sinks + count :]))
+        self.length -= count
+
+
+def visible(q_pos, k_pos, window=None, sinks=0):
+    """(T,), (S,) -> (T, S) bool: keys no later than their query and, with a window W, either n < W or a sink."""
+    n = q_pos[:, None] - k_pos
+    seen = n >= 0
+    return seen if window is None else seen & ((n < window) | (k_pos < sinks))
+
+
+def attend(q, k, v, mask=None, causal=False, dropout=0.0):
+    """softmax(q k^T / sqrt(D) + mask) v, with q (B, H, T, D) and k, v (B, H_kv, S, D) -> (B, H, T, D).
+
+    mask: None, bool (T, S), or float (T, S) or (H, T, S) added to the logits. causal, in place of a mask and for T = S
+    alone: query t sees keys up to t. (For T < S the kernel would align that triangle at the top left.)
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # The CPU's fused kernel is several times slower than plain products in bfloat16.
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+        if causal:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+        return F.dropout(logits.softmax(-1).to(v.dtype), dropout) @ v
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.kv_heads
+        self.head_dim, self.qk_norm, self.dropout = config.n_embd // config.n_head, config.qk_norm, config.dropout
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, encoding, pos, k_pos, mask, causal, cache):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+        if encoding.rotate_once:
+            q, k = encoding.rotate(q, k, pos, pos)
+        if cache is not None:
+            k, v = cache.append(self.layer, k=k, v=v)
+        if not encoding.rotate_once:
+            q, k = encoding.rotate(q, k, pos, k_pos)
+        bias = encoding.bias(pos, k_pos)  # (H, T, S) or None
+        if bias is not None:
+            seen = visible(pos, k_pos) if mask is None else mask
+            mask, causal = bias.masked_fill(~seen, -math.inf), False
+        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation = config.activation
+        gates = 2 if config.activation == "swiglu" else 1
+        self.fc = nn.Linear(config.n_embd, gates * config.hidden, bias=config.bias)
+        self.proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        x = self.fc(x)  # (B, T, hidden), twice as wide for swiglu
+        if self.activation == "relu2":
+            x = F.relu(x).square()
+        elif self.activation == "gelu":
+            x = F.gelu(x)
+        else:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        return self.proj(x)
+
+
+def make_norm(config):
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, elementwise_affine=config.norm_affine)
+    return nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_affine)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn_norm, self.attn = make_norm(config), Attention(config, layer)
+        self.ff_norm, self.ff = make_norm(config), FeedForward(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, *position):
+        x = x + self.drop(self.attn(self.attn_norm(x), *position))
+        return x + self.drop(self.ff(self.ff_norm(x)))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer (GPT-2's skeleton, pre-norm) whose settings are a GPTConfig."""
+
+    def __init__(self, config, seed=0):
+        super().__init__()
+        self.config = config
+        self.token = nn.Embedding(config.vocab_size, config.n_embd)
+        self.token_norm = make_norm(config) if config.embed_norm else nn.Identity()
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.posenc = nn.ModuleList(posenc.build(config.posenc, config.n_layer, **config.sizes))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.token.weight
+        self.max_length = min(encoding.max_length for encoding in self.posenc)
+        self.init_parameters(seed)
+
+    @torch.no_grad()
+    def init_parameters(self, seed):
+        """Draw each parameter from a generator keyed by (seed, its name): two models that differ in one part start with
+        everything else equal."""
+        for path, parameter in self.named_parameters():
+            owner, name = self.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            generator = torch.Generator().manual_seed(derive_seed(seed, path))
+            if isinstance(owner, posenc.Encoding):
+                owner.init_parameter(name, parameter, generator)
+            elif isinstance(owner, nn.Embedding):
+                parameter.normal_(std=0.02, generator=generator)
+            elif isinstance(owner, nn.Linear) and name == "weight":
+                std = self.config.init_std or parameter.shape[1] ** -0.5
+                if path.endswith("proj.weight"):  # the 2 n_layer sums into the residual stream (Radford et al. 2019)
+                    std *= 0.0 if self.config.zero_init else (2 * self.config.n_layer) ** -0.5
+                parameter.normal_(std=std, generator=generator)
+            else:
+                parameter.fill_(1.0 if name == "weight" else 0.0)  # normalisation weights; biases
+
+    def forward(self, tokens, targets=None, pos=None, cache=None, window=None, sinks=0, last=None):
+        """tokens (B, T) -> logits (B, T, V), or with targets (B, T) the loss of every token in nats (B, T).
+
+        A target of -1 counts as 0. pos (T,) are ascending positions, by default those that follow the cache's. `last`
+        keeps only that many final positions of the output (targets are then (B, last)). A window W hides keys at
+        distance W and beyond, except the first `sinks` tokens. Raises ValueError for positions past `max_length`.
+        """
+        T = tokens.shape[1]
+        if cache is not None:
+            window, sinks = cache.window, cache.sinks
+        if pos is None:
+            start = cache.next if cache is not None else 0
+            pos = torch.arange(start, start + T, device=tokens.device)
+            self.check_length(start + T)
+        fresh = cache is None or cache.length == 0
+        k_pos = pos if cache is None else cache.advance(pos)
+        # The kernel's own causal mask serves a first call; one query over a whole cache needs no mask at all.
+        causal = fresh and window is None and T > 1
+        unmasked = window is None and T == 1
+        mask = None if causal or unmasked else visible(pos, k_pos, window, sinks)
+
+        x = self.token_norm(self.token(tokens))  # (B, T, C)
+        added = self.posenc[0].embed(pos)
+        if added is not None:
+            x = x + (self.token_norm(added) if self.config.embed_norm else added)
+        x = self.drop(x)
+        for block, encoding in zip(self.blocks, self.posenc, strict=True):
+            x = block(x, encoding, pos, k_pos, mask, causal, cache)
+        logits = self.head(self.norm(x if last is None else x[:, -last:]))
+        if self.config.logit_softcap:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        if targets is None:
+            return logits
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
+        return loss.view(targets.shape)
+
+    def check_length(self, length):
+        if length > self.max_length:
+            encoding = next(encoding for encoding in self.posenc if encoding.max_length == self.max_length)
+            raise ValueError(
+                f"{encoding.name} has {self.max_length} positions, {length} are needed: {encoding.way_out}"
+            )
+
+    def flops_per_token(self):
+        """Floating-point operations to train on one token: 6 for each weight of a product, 12 T C a layer in attention.
+        (Chowdhery et al. 2022, appendix B; the causal half of attention is counted as a whole, as is the custom.)"""
+        products = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2) + self.head.weight.numel()
+        return 6 * products + 12 * self.config.n_layer * self.config.n_embd * self.config.train_length
+
+
+def derive_seed(*key):
+    """A 63-bit seed from any values: hash() differs from process to process, and arithmetic on seeds collides."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def draw(logits, temperature, top_k, top_p, generator):
+    """logits (B, V) -> tokens (B, 1). temperature 0 takes the likeliest; top_k and top_p keep the likeliest tokens."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k:
+        kept = logits.topk(min(top_k, logits.shape[-1])).values
+        logits = logits.masked_fill(logits < kept[:, -1:], -math.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        tail = ordered.cumsum(-1) - ordered >= top_p  # the likeliest token always stays
+        logits = logits.masked_fill(tail.scatter(-1, order, tail), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+@torch.inference_mode()
+def generate(
+    model, tokens, count, *, temperature=1.0, top_k=0, top_p=1.0, seed=0, window=None, sinks=0, crop=None,
+    forbidden=(), chunk=1024,
+):  # fmt: skip
+    """Continue tokens (B, T >= 1): yields `count` times the next token of every sequence, (B,).
+
+    window, sinks: attend to the last `window` tokens and the first `sinks` alone, over a cache that stays that small.
+    crop: no cache; re-encode the last `crop` tokens from position 0 for every token. forbidden: ids never drawn. The
+    prompt enters in chunks of `chunk` tokens, which bounds the memory of its attention.
+    """
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    cache, new = Cache(window, sinks), tokens
+    if crop is None:
+        model.check_length(tokens.shape[1] + count - 1)
+    for _ in range(count):
+        if crop is not None:
+            tokens = tokens[:, -crop:]
+            logits = model(tokens, last=1)
+        else:
+            for part in new.split(chunk, dim=1):
+                logits = model(part, cache=cache, last=1)
+        logits = logits[:, -1]
+        logits[:, list(forbidden)] = -math.inf
+        new = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)
+        if crop is not None:
+            tokens = torch.cat((tokens, new), dim=1)
+        yield new[:, 0]

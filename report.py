@@ -1,0 +1,65 @@
+"""Tables and pictures for people, with what made them."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+import device as devices
+
+COLOURS = ["#0b6e99", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c5c5c", "#c26a00", "#3d5a80"]
+
+
+def lines(path, series, x_label, y_label, log_x=False, mark_x=None):
+    """series {name: (xs, ys)} -> a PNG at `path`. mark_x draws a dashed vertical line, at the training length say."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    for index, (name, (xs, ys)) in enumerate(series.items()):
+        axes.plot(
+            xs, ys, marker="o" if len(xs) < 30 else None, markersize=4, label=name, color=COLOURS[index % len(COLOURS)]
+        )
+    if log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if mark_x is not None:
+        axes.axvline(mark_x, linestyle="--", linewidth=1, color="#999999")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    part = Path(f"{path}.part")
+    figure.savefig(part, format="png")
+    plt.close(figure)
+    part.replace(path)
+
+
+def provenance(device):
+    """What made a number: commit, versions, hardware, date."""
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(
+            git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    hardware = devices.describe(device)
+    return {"commit": commit, "torch": torch.__version__, "hardware": hardware, "date": time.strftime("%Y-%m-%d")}
+
+
+def write_table(path, name, lines, command, device, **more):
+    """Put Markdown lines into the file at `path`, with the command and the provenance below them: between the comments
+    <!-- name --> and <!-- /name --> where the file has them, else as the whole file."""
+    made = ", ".join(f"{key} {value}" for key, value in (more | provenance(device)).items())
+    path, text = Path(path), "\n".join([*lines, "", f"Made by `{command}`: {made}."])
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    if path.exists() and begin in (old := path.read_text()) and end in old:
+        head, _, rest = old.partition(begin)
+        path.write_text(head + begin + text + end + rest.partition(end)[2])
+    else:
+        path.write_text(text + "\n")

@@ -1,0 +1,128 @@
+"""Run folders: what a run leaves on disk, written so that it is never lost, and read so that it can do no harm."""
+
+import json
+import os
+import pickle
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+import posenc
+from configs import Config, make
+from data import tokenizer
+from errors import UserError
+from model import GPT
+
+CKPT, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "best.pt"
+
+
+def save(folder, name, state):
+    """Write a checkpoint to the side, flush it to the disk, and only then put it in place."""
+    part = Path(folder) / f"{name}.part"
+    with open(part, "wb") as stream:
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if name == CKPT and (Path(folder) / CKPT).exists():
+        os.replace(Path(folder) / CKPT, Path(folder) / PREVIOUS)
+    os.replace(part, Path(folder) / name)
+
+
+def find(run):
+    """A run folder, or a checkpoint file -> the checkpoint's path. UserError when there is none."""
+    path = Path(run)
+    if path.is_file():
+        return path
+    for name in (CKPT, PREVIOUS):  # a kill between the two renames of `save` leaves the previous one alone
+        if (path / name).exists():
+            return path / name
+    if not path.exists():
+        beside = sorted(str(folder.parent) for folder in Path("out").glob(f"*/{CKPT}"))
+        hint = posenc.nearest(str(run), beside) if beside else "train one with python train.py configs/rope.py"
+        raise UserError(f"no run {run}; {hint}")
+    raise UserError(f"{run} holds no checkpoint ({CKPT}); train one with python train.py configs/rope.py")
+
+
+def load(run):
+    """A run folder or checkpoint file -> its state, of tensors and plain values. Nothing in it can run code."""
+    path = find(run)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # on pickle protocols: the error says what matters
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is no checkpoint of ours: it holds more than tensors and plain values, or is damaged; not read"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")[:120]
+        previous = path.with_name(PREVIOUS)
+        way_out = f"; the one before is whole: mv {previous} {path}" if path.name == CKPT and previous.exists() else ""
+        raise UserError(f"{path} is damaged, perhaps cut short ({reason}){way_out}") from None
+    if not isinstance(state, dict) or not {"model", "step", "config"} <= state.keys():
+        raise UserError(f"{path} is no checkpoint of ours: it lacks model, step or config")
+    return state
+
+
+def config_of(state, **changes):
+    """The Config of a checkpoint, with some keys changed."""
+    known = {field.name for field in fields(Config)}
+    unknown = set(state["config"]) - known
+    if unknown:
+        raise UserError(f"the checkpoint has settings this version does not know: {', '.join(sorted(unknown))}")
+    return make(Config, state["config"] | changes)
+
+
+def build(config, device="cpu"):
+    """A new model with its initial weights; UserError for settings that do not fit together."""
+    try:
+        return GPT(config, config.seed).to(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def load_weights(model, weights, fresh=()):
+    """Put a checkpoint's weights into the model. Names that start with one of `fresh` may be missing or left over."""
+    missing, unexpected = [], []
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[1:2])
+        raise UserError(f"the checkpoint does not fit these settings: {reason}") from None
+    wrong = [name for name in (*missing, *unexpected) if not name.startswith(tuple(fresh))]
+    if wrong:
+        raise UserError(f"the checkpoint does not fit these settings: {', '.join(wrong[:3])}")
+
+
+def open_run(run, device="cpu", override=""):
+    """A run for use -> model in eval mode, its Config, its tokenizer. `override` is merged into its `posenc`."""
+    state = load(run)
+    try:
+        spec = posenc.merge(state["config"]["posenc"], override) if override else state["config"]["posenc"]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    config = config_of(state, posenc=spec)
+    encoding = tokenizer.load(config.tokenizer)
+    check_tokenizer(encoding, state)
+    model = build(config, device)
+    load_weights(model, state["model"], fresh=("posenc.",) if override else ())
+    return model.eval(), config, encoding
+
+
+def check_tokenizer(encoding, state):
+    """UserError when `encoding` is not the tokenizer that the checkpoint was trained with."""
+    if tokenizer.fingerprint(encoding) != state["tokenizer_fingerprint"]:
+        name = state["config"]["tokenizer"]
+        raise UserError(f"tokenizer {name} is not the one that the checkpoint was trained with: its vocabulary differs")
+
+
+def write_json(path, value):
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def plain(config):
+    """The Config as plain values, for checkpoints and config.json."""
+    return asdict(config)

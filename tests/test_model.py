@@ -1,0 +1,267 @@
+"""The model's invariants: causality, a cache that changes nothing, the same start for the same seed."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_module
+from model import GPT, Cache, GPTConfig, attend, draw, generate, visible
+from posenc import ENCODINGS
+
+T = 16
+# With `error`, learned has no positions past T; these two have.
+UNBOUNDED = [name for name in ENCODINGS if name != "learned"] + [
+    'learned(overflow="clamp")',
+    'learned(overflow="interpolate", factor=8)',
+]
+
+
+def make(spec, seed=0, **settings):
+    """A small model in float64 whose every parameter matters."""
+    defaults = dict(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, train_length=T, zero_init=False)
+    model = GPT(GPTConfig(posenc=spec, **(defaults | settings)), seed).double().eval()
+    torch.manual_seed(7)
+    for parameter in model.posenc.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def cached(model, tokens, sizes, **cache):
+    """Logits of `tokens` that enter a cache in pieces of the given sizes, the last size repeated."""
+    cache, logits, start = Cache(**cache), [], 0
+    while start < tokens.shape[1]:
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        logits.append(model(tokens[:, start : start + size], cache=cache))
+        start += size
+    return torch.cat(logits, dim=1), cache
+
+
+@pytest.mark.parametrize("length", [T // 2, T, T + 1, 8 * T])
+@pytest.mark.parametrize("spec", UNBOUNDED)
+def test_cached_logits_equal_the_full_forward(spec, length):
+    model, tokens = make(spec), torch.randint(50, (2, length))
+    full = model(tokens)
+    for sizes in ([1], [5], [length - 1, 1], [1, 7, 3]):
+        logits, cache = cached(model, tokens, sizes)
+        assert torch.allclose(logits, full, rtol=0, atol=1e-11)
+        assert cache.length == length
+
+
+@pytest.mark.parametrize("spec", ["rope", "alibi", "t5", "none"])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory(spec, sinks):
+    model, tokens = make(spec), torch.randint(50, (2, 8 * T))
+    full = model(tokens, window=T, sinks=sinks)
+    for sizes in ([1], [5]):
+        logits, cache = cached(model, tokens, sizes, window=T, sinks=sinks)
+        assert torch.allclose(logits, full, rtol=0, atol=1e-11)
+        assert cache.length <= 2 * (T + sinks) + 5
+        assert max(x.shape[2] for held in cache.layers.values() for x in held.values()) <= 5 * (T + sinks)
+    assert not torch.allclose(full, model(tokens))
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"n_kv_head": 4, "qk_norm": True, "activation": "swiglu", "norm": "layernorm"}]
+)
+def test_causality(name, settings):
+    model, tokens = make(name, **settings), torch.randint(50, (1, T))
+    changed = tokens.clone()
+    changed[0, 9] = (tokens[0, 9] + 1) % 50
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert (before[:, 9:] - after[:, 9:]).abs().amax(-1).min() > 0
+
+
+def plain_attention(q, k, v, bias, seen):
+    """Attention of one head by its definition, one query at a time."""
+    out = torch.zeros(q.shape[0], v.shape[1], dtype=q.dtype)
+    for i in range(q.shape[0]):
+        keys = [j for j in range(k.shape[0]) if seen(i, j)]
+        logits = [sum(q[i] * k[j]).item() / math.sqrt(q.shape[1]) + bias(i, j) for j in keys]
+        total = sum(math.exp(logit) for logit in logits)
+        for j, logit in zip(keys, logits, strict=True):
+            out[i] += math.exp(logit) / total * v[j]
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_is_its_definition(dtype):
+    q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q_pos, k_pos, slope = torch.arange(3, 9), torch.arange(9), torch.tensor([0.5, 0.25, 0.125, 1.0])
+    bias = -slope[:, None, None] * (q_pos[:, None] - k_pos)
+    mask = bias.to(torch.promote_types(dtype, torch.float32)).masked_fill(~visible(q_pos, k_pos), -math.inf)
+    got = attend(q, k, v, mask)
+    for head in range(4):
+        expected = plain_attention(
+            *(x[0, head // 2 if x is not q else head].double() for x in (q, k, v)),
+            lambda i, j, head=head: -slope[head].item() * (3 + i - j),
+            lambda i, j: j <= 3 + i,
+        )
+        assert torch.allclose(got[0, head].double(), expected, atol=1e-12 if dtype == torch.float64 else 0.03)
+
+
+def test_causal_flag_is_the_lower_triangle_in_both_paths():
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(2, 4, 7, 8).to(dtype) for _ in range(3))
+        mask = visible(torch.arange(7), torch.arange(7))
+        assert torch.allclose(attend(q, k, v, causal=True), attend(q, k, v, mask), atol=1e-6)
+
+
+def test_one_query_sees_the_whole_cache():
+    """The kernel's causal flag would show it key 0 alone."""
+    model, tokens = make("none"), torch.randint(50, (1, 6))
+    logits, _ = cached(model, tokens, [5, 1])
+    changed = tokens.clone()
+    changed[0, 4] = (tokens[0, 4] + 1) % 50
+    other, _ = cached(model, changed, [5, 1])
+    assert not torch.allclose(logits[:, -1], other[:, -1])
+
+
+def test_grouped_heads_equal_repeated_heads():
+    grouped = make("rope", n_kv_head=2)
+    full = make("rope", n_kv_head=4)
+    state = grouped.state_dict()
+    for name in [name for name in state if name.endswith("qkv.weight")]:
+        q, k, v = state[name].split((32, 16, 16))
+        repeat = lambda w: w.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)  # noqa: E731
+        state[name] = torch.cat((q, repeat(k), repeat(v)))
+    full.load_state_dict(state)
+    tokens = torch.randint(50, (2, T))
+    assert torch.allclose(grouped(tokens), full(tokens), atol=1e-12)
+
+
+def test_loss_is_cross_entropy_and_masked_targets_count_nothing():
+    model, tokens = make("rope"), torch.randint(50, (2, 8))
+    targets = torch.randint(50, (2, 8))
+    targets[0, 3] = -1
+    loss, logits = model(tokens, targets), model(tokens)
+    for row in range(2):
+        for t in range(8):
+            expected = 0.0 if targets[row, t] < 0 else -logits[row, t].log_softmax(-1)[targets[row, t]].item()
+            assert loss[row, t].item() == pytest.approx(expected, rel=1e-6)
+    assert torch.allclose(model(tokens, targets[:, -3:], last=3), loss[:, -3:])
+
+
+def test_softcap_bounds_logits():
+    model = make("rope", logit_softcap=0.5)
+    assert model(torch.randint(50, (1, 8))).abs().max() < 0.5
+
+
+def test_initial_weights_depend_on_seed_and_name_alone():
+    """Two models that differ in the encoding, or in depth, start with all else equal."""
+    rope, t5, deep = (
+        GPT(GPTConfig(posenc=p, vocab_size=50, n_layer=n)) for p, n in (("rope", 2), ("t5", 2), ("rope", 3))
+    )
+    state, other = rope.state_dict(), GPT(GPTConfig(vocab_size=50, n_layer=2), seed=1).state_dict()
+    for name, value in state.items():
+        assert torch.equal(value, t5.state_dict()[name])
+        assert torch.equal(value, deep.state_dict()[name])
+    assert not torch.equal(state["token.weight"], other["token.weight"])
+    assert not torch.equal(state["blocks.0.attn.qkv.weight"], state["blocks.1.attn.qkv.weight"])
+
+
+def test_zero_init_makes_every_block_the_identity():
+    model = GPT(GPTConfig(vocab_size=50, n_layer=2))
+    tokens = torch.randint(50, (1, 8))
+    assert torch.equal(model(tokens), model.head(model.norm(model.token_norm(model.token(tokens)))))
+
+
+def test_every_parameter_gets_a_gradient():
+    for name in ENCODINGS:
+        model = make(name, norm_affine=True, bias=True)
+        model(torch.randint(50, (2, T)), torch.randint(50, (2, T))).sum().backward()
+        for path, parameter in model.named_parameters():
+            assert parameter.grad is not None, path
+            assert parameter.grad.abs().sum() > 0, path
+
+
+def test_learned_refuses_positions_past_its_table_and_says_what_to_do():
+    model = make("learned")
+    model(torch.randint(50, (1, T)))
+    for call in (
+        lambda: model(torch.randint(50, (1, T + 1))),
+        lambda: cached(model, torch.randint(50, (1, T + 1)), [1]),
+        lambda: next(generate(model, torch.randint(50, (1, 4)), T)),
+    ):
+        with pytest.raises(ValueError, match="clamp") as caught:
+            call()
+        assert "interpolate" in str(caught.value)
+        assert "crop" in str(caught.value)
+
+
+def test_flops_count_products():
+    config = GPTConfig(vocab_size=50, n_layer=2, n_embd=32, n_head=4, train_length=T)
+    per_token = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 32 * 50  # weights of both blocks and the head
+    assert GPT(config).flops_per_token() == 6 * per_token + 12 * 2 * 32 * T
+
+
+# ---- generate
+
+
+def test_generate_equals_naive_greedy_decoding_at_8_times_the_training_length():
+    for spec in UNBOUNDED:
+        model, tokens = make(spec), torch.randint(50, (2, 5))
+        made = torch.stack(list(generate(model, tokens, 8 * T - 5, temperature=0, chunk=3)), dim=1)
+        for _ in range(8 * T - 5):
+            tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), dim=1)
+        assert torch.equal(made, tokens[:, 5:])
+
+
+def test_crop_reencodes_the_last_tokens():
+    model, tokens = make("learned"), torch.randint(50, (1, 5))
+    made = torch.stack(list(generate(model, tokens, 3 * T, temperature=0, crop=T)), dim=1)
+    for _ in range(3 * T):
+        tokens = torch.cat((tokens, model(tokens[:, -T:])[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(made, tokens[:, 5:])
+
+
+def test_generate_is_seeded_and_never_draws_forbidden_tokens():
+    model, tokens = make("rope"), torch.randint(50, (4, 5))
+    draws = [torch.stack(list(generate(model, tokens, 40, seed=s, forbidden=range(25))), dim=1) for s in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert draws[0].min() >= 25
+
+
+def test_draw_keeps_what_top_k_and_top_p_say_in_the_right_proportions():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(20000, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(**kwargs):
+        options = dict(temperature=1.0, top_k=0, top_p=1.0) | kwargs
+        counts = torch.bincount(draw(logits, generator=generator, **options)[:, 0], minlength=4)
+        return (counts / counts.sum()).tolist()
+
+    assert shares() == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.02)
+    assert shares(top_k=2) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.02)
+    assert shares(top_k=99) == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.02)
+    assert shares(top_p=0.65) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.02)
+    assert shares(top_p=0.01) == [1, 0, 0, 0]
+    squared = [p**2 / 0.3 for p in (0.4, 0.3, 0.2, 0.1)]
+    assert shares(temperature=0.5) == pytest.approx(squared, abs=0.02)
+    assert shares(temperature=0) == [1, 0, 0, 0]
+
+
+def test_bfloat16_autocast_stays_close_to_float32_for_every_encoding():
+    for name in ENCODINGS:
+        model, tokens = make(name).float(), torch.randint(50, (2, T))
+        exact = model(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(tokens)
+        assert (half.float() - exact).abs().max() < 0.1 * exact.std() + 0.05
+        assert (half.float() - exact).abs().max() > 0
+
+
+def test_derived_seeds_differ_where_sums_would_collide():
+    seeds = {model_module.derive_seed(seed, step) for seed in range(50) for step in range(50)}
+    assert len(seeds) == 2500
+
+
+def test_sdpa_takes_top_left_for_fewer_queries_than_keys():
+    """Why `attend` asks for T = S with its causal flag: the kernel's triangle starts at the top left."""
+    q, k, v = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+    assert torch.allclose(F.scaled_dot_product_attention(q, k, v, is_causal=True), v[:, :, :1])

@@ -1,0 +1,230 @@
+"""Every encoding against its formula, written out in plain loops, and the rules that hold for all of them."""
+
+import ast
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import posenc
+from model import GPT, GPTConfig
+from posenc import ENCODINGS, Encoding
+
+SIZES = dict(n_embd=32, n_head=4, n_kv_head=2, head_dim=8, train_length=16)
+
+
+def make(spec, **sizes):
+    return posenc.build(spec, 1, **(SIZES | sizes))[0]
+
+
+def test_the_module_imports_torch_and_the_standard_library_alone():
+    tree = ast.parse(Path(posenc.__file__).read_text())
+    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert imported <= {"ast", "difflib", "math", "torch"}
+
+
+def test_sinusoidal_is_the_papers_formula():
+    pos = [0, 1, 15, 16, 500]
+    pe = make("sinusoidal").embed(torch.tensor(pos))
+    for row, p in enumerate(pos):
+        for i in range(16):
+            angle = p / 10000 ** (2 * i / 32)
+            assert pe[row, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-4)
+            assert pe[row, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-4)
+
+
+def test_rope_turns_each_pair_by_its_angle():
+    q, k = torch.randn(1, 4, 3, 8, dtype=torch.float64), torch.randn(1, 2, 3, 8, dtype=torch.float64)
+    pos = torch.tensor([0, 7, 1000])
+    turned, _ = make("rope(base=500)").rotate(q, k, pos, pos)
+    for t, p in enumerate(pos.tolist()):
+        for m in range(4):
+            turn = complex(math.cos(p * 500 ** (-2 * m / 8)), math.sin(p * 500 ** (-2 * m / 8)))
+            expected = complex(q[0, 1, t, m], q[0, 1, t, m + 4]) * turn
+            assert turned[0, 1, t, m].item() == pytest.approx(expected.real, abs=1e-12)
+            assert turned[0, 1, t, m + 4].item() == pytest.approx(expected.imag, abs=1e-12)
+
+
+def test_p_rope_leaves_the_lowest_frequencies_unturned():
+    k = torch.randn(1, 2, 3, 8)
+    pos = torch.tensor([3, 40, 41])
+    _, half = make("rope(fraction=0.5)").rotate(k, k, pos, pos)
+    _, full = make("rope").rotate(k, k, pos, pos)
+    high, low = [0, 1, 4, 5], [2, 3, 6, 7]  # pairs are (m, m + D/2), the highest frequency first
+    assert torch.equal(half[..., high], full[..., high])
+    assert torch.equal(half[..., low], k[..., low])
+    assert torch.equal(make("rope(fraction=0.0)").rotate(k, k, pos, pos)[1], k)
+
+
+def test_rope_computes_angles_in_float32_when_the_model_is_in_bfloat16():
+    k = torch.randn(1, 2, 2, 8, dtype=torch.bfloat16)
+    pos = torch.tensor([1000, 1001])  # bfloat16 cannot tell these apart
+    _, turned = make("rope").rotate(k, k, pos, pos)
+    _, exact = make("rope").rotate(k.double(), k.double(), pos, pos)
+    assert turned.dtype == torch.bfloat16
+    assert (turned.double() - exact).abs().max() < 0.02
+    same = make("rope").rotate(k[:, :, :1].expand_as(k), k[:, :, :1].expand_as(k), pos, pos)[1]
+    assert not torch.equal(same[:, :, 0], same[:, :, 1])
+
+
+@pytest.mark.parametrize(
+    ("heads", "slopes"),
+    [
+        (8, [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]),  # the paper, section 3
+        (12, [2.0**-h for h in range(1, 9)] + [0.70710678, 0.35355339, 0.17677670, 0.08838835]),  # the authors' code
+        (1, [0.00390625]),
+    ],
+)
+def test_alibi_slopes(heads, slopes):
+    encoding = make("alibi", n_head=heads, n_kv_head=heads)
+    bias = encoding.bias(torch.tensor([5, 9]), torch.tensor([0, 5]))  # distances 5 and 0, 9 and 4
+    for head, slope in enumerate(slopes):
+        assert bias[head].flatten().tolist() == pytest.approx([-5 * slope, 0, -9 * slope, -4 * slope], rel=1e-6)
+
+
+def test_t5_buckets_are_the_published_ones():
+    encoding = make("t5")
+    n = torch.tensor([0, 1, 15, 16, 17, 112, 113, 128, 100000])
+    assert encoding.bucket(n).tolist() == [0, 1, 15, 16, 16, 30, 31, 31, 31]
+    for distance in range(1000):  # the formula, in exact integers where it has a border: n/16 >= 8^(b/16)
+        if distance < 16:
+            expected = distance
+        else:
+            expected = min(31, 16 + max(b for b in range(64) if distance**16 >= 16**16 * 8**b))
+        assert encoding.bucket(torch.tensor(distance)).item() == expected
+
+
+def test_t5_reads_one_scalar_for_each_head_and_bucket():
+    encoding = make("t5")
+    torch.nn.init.normal_(encoding.weight)
+    bias = encoding.bias(torch.tensor([200, 3]), torch.tensor([0, 3]))
+    for head in range(4):
+        assert bias[head, 0, 0] == encoding.weight[head, 31]
+        assert bias[head, 1, 1] == encoding.weight[head, 0]
+
+
+def test_learned_past_its_table():
+    pos = torch.tensor([0, 15, 16, 40])
+    clamped = make('learned(overflow="clamp")')
+    torch.nn.init.normal_(clamped.weight)
+    assert torch.equal(clamped.embed(pos), clamped.weight[[0, 15, 15, 15]])
+    stretched = make('learned(overflow="interpolate", factor=4)')
+    torch.nn.init.normal_(stretched.weight)
+    assert stretched.max_length == 64
+    between = 0.75 * stretched.weight[0] + 0.25 * stretched.weight[1]
+    assert torch.allclose(stretched.embed(torch.tensor([1]))[0], between)
+    assert torch.allclose(stretched.embed(torch.tensor([60, 63])), stretched.weight[[15, 15]])
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_relative_is_what_the_class_says(name):
+    model = GPT(
+        GPTConfig(posenc=name, vocab_size=50, n_layer=2, n_embd=32, train_length=2000, zero_init=False)
+    ).double()
+    for parameter in model.posenc.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens = torch.randint(50, (1, 12))
+    moved = model(tokens, pos=torch.arange(12) + 1000)
+    change = (model(tokens) - moved).abs().max().item()
+    assert change < 1e-10 if ENCODINGS[name].relative else change > 1e-3
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_position_matters(name):
+    """Swapping two early tokens changes what comes later; with one layer and no encoding it does not."""
+    if name == "none":
+        pytest.skip("one layer without positions is a function of a set")
+    model = GPT(GPTConfig(posenc=name, vocab_size=50, n_layer=1, n_embd=32, zero_init=False)).double()
+    for parameter in model.posenc.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens = torch.randint(50, (1, 8))
+    tokens[0, 1], tokens[0, 2] = 1, 2
+    swapped = tokens.clone()
+    swapped[0, 1], swapped[0, 2] = 2, 1
+    assert (model(tokens) - model(swapped))[0, -1].abs().max() > 1e-6
+
+
+def test_none_alone_is_blind_in_one_layer_and_not_in_two():
+    tokens = torch.randint(50, (1, 8))
+    tokens[0, 1], tokens[0, 2] = 1, 2
+    swapped = tokens.clone()
+    swapped[0, 1], swapped[0, 2] = 2, 1
+    change = {}
+    for layers in (1, 2):
+        model = GPT(GPTConfig(posenc="none", vocab_size=50, n_layer=layers, n_embd=32, zero_init=False)).double()
+        change[layers] = (model(tokens) - model(swapped))[0, -1].abs().max().item()
+    assert change[1] < 1e-12
+    assert change[2] > 1e-6
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_every_class_documents_itself(name):
+    cls = ENCODINGS[name]
+    assert len(cls.__doc__.split()) > 30
+    assert cls.name == name
+
+
+def test_list_is_cycled_and_shared_tables_stay_one():
+    layers = posenc.build(["t5", "t5", "none"], 6, **SIZES)
+    assert [layer.name for layer in layers] == ["t5", "t5", "none"] * 2
+    assert layers[0] is layers[1] is layers[3]
+
+
+def test_arguments_are_literals_and_never_evaluated(tmp_path):
+    trap = tmp_path / "ran"
+    for spec in (
+        f"rope(base=open({str(trap)!r}, 'w'))",
+        "rope(base=1+1)",
+        "rope(1000.0)",
+        "rope(**{})",
+        "a.b",
+        "rope;1",
+        "",
+    ):
+        with pytest.raises(ValueError, match=r"rope|name"):
+            make(spec)
+    assert not trap.exists()
+    assert make("rope(base=500_000)").base == 500000
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("rop", "did you mean 'rope'"),
+        ("rope(bas=3)", "did you mean 'base'"),
+        ("none(base=3)", "takes no arguments"),
+        ("rope(base='x')", "expected float"),
+        ("rope(fraction=2)", "0 ... 1"),
+        ("learned(overflow='crash')", "'error', 'clamp', 'interpolate'"),
+        ("t5(buckets=7)", "even"),
+        ([], "empty"),
+        (["rope", "learned"], "cannot stand in a list"),
+    ],
+)
+def test_mistakes_say_what_is_allowed(spec, said):
+    with pytest.raises(ValueError, match="posenc|rope|none|learned|t5|positional") as caught:
+        make(spec)
+    assert said in str(caught.value)
+
+
+def test_merge_lays_arguments_over_those_of_the_same_encoding():
+    assert posenc.merge("rope(base=500.0)", "rope(fraction=0.5)") == "rope(base=500.0, fraction=0.5)"
+    assert posenc.merge("rope(base=500.0)", "alibi") == "alibi"
+    assert posenc.merge("rope", "rope") == "rope"
+
+
+def test_a_new_class_is_a_new_flag():
+    class Sawtooth(Encoding):
+        name = "sawtooth"
+        arguments = {"period": 4}
+
+        def distance_bias(self, n):
+            return -(n % self.period).expand(self.n_head, *n.shape).float()
+
+    try:
+        model = GPT(GPTConfig(posenc="sawtooth(period=3)", vocab_size=50, n_layer=1, n_embd=32))
+        assert model(torch.randint(50, (1, 8))).shape == (1, 8, 50)
+    finally:
+        del ENCODINGS["sawtooth"]

@@ -1,0 +1,408 @@
+"""Whole runs in processes of their own: exact resume after real kills, two real processes, real signals."""
+
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from configs import Config
+from device import Device
+
+ROOT = Path(train.__file__).parent
+TINY = {
+    "dataset": "text", "train_length": 16, "n_layer": 2, "n_embd": 32, "batch_size": 8, "max_steps": 24,
+    "eval_interval": 8,
+    "checkpoint_interval": 4, "log_interval": 1, "eval_tokens": 256, "length_targets": 4, "dropout": 0.1,
+    "dtype": "float32", "device": "cpu",
+}  # fmt: skip
+ENV = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+ENV["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """One long text that is no noise."""
+    file = tmp_path_factory.mktemp("corpus") / "text.txt"
+    file.write_text("".join(f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(1500)))
+    return file
+
+
+def command(corpus, out, launcher=(), **settings):
+    settings = TINY | {"text": str(corpus), "data_dir": str(corpus.parent / "data"), "out_dir": str(out)} | settings
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    return [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
+
+
+def run(corpus, out, check=True, **settings):
+    done = subprocess.run(command(corpus, out, **settings), env=ENV, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def state(out, name="ckpt.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def metrics(out, key):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def same(one, other):
+    """Equal to the last bit, through dicts and lists of tensors and plain values."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, run(corpus, out)
+
+
+def test_a_run_leaves_what_other_programs_read(whole, corpus):
+    out, done = whole
+    names = {path.name for path in out.iterdir()}
+    expected = {
+        "config.json",
+        "ckpt.pt",
+        "ckpt_prev.pt",
+        "best.pt",
+        "metrics.jsonl",
+        "length.json",
+        "loss.png",
+        "length.png",
+    }
+    assert names == expected
+    assert json.loads((out / "config.json").read_text())["n_embd"] == 32
+    final = state(out)
+    assert final["step"] == 24
+    assert not any("_orig_mod" in name or name.startswith("module.") for name in final["model"])
+    assert state(out, "ckpt_prev.pt")["step"] == 20
+    assert state(out, "best.pt")["step"] == min(metrics(out, "val_loss").items(), key=lambda item: item[1])[0]
+    lengths = json.loads((out / "length.json").read_text())
+    assert lengths["train_length"] == 16
+    assert lengths["lengths"] == [8, 16, 24, 32, 64, 128]
+    assert len(lengths["loss"]) == 6
+    assert list(metrics(out, "loss")) == list(range(1, 25))
+    assert metrics(out, "loss")[24] < metrics(out, "loss")[1] - 1
+    bytes_per_token = 1.0  # the byte tokenizer; this text has no end inside the windows that are evaluated
+    assert metrics(out, "val_bpb")[24] == pytest.approx(
+        metrics(out, "val_loss")[24] / math.log(2) / bytes_per_token, rel=0.01
+    )
+    assert f"python sample.py {out}" in done.stdout
+    assert "8 T" in done.stdout
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, corpus):
+    out, _ = whole
+    before = (out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text()
+    again = run(corpus, out)
+    assert "finished" in again.stdout
+    assert before == ((out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text())
+
+
+def test_sigkill_at_any_moment_loses_nothing(whole, corpus, tmp_path):
+    """Kill the same run again and again, at moments that have nothing to do with its steps, until it is through."""
+    out, kills = tmp_path / "run", 0
+    for delay in (0.0, 0.03, 0.11, 0.06, 0.2):
+        process = subprocess.Popen(command(corpus, out), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(metrics(out, "loss")) if (out / "metrics.jsonl").exists() else 0
+        while process.poll() is None:  # let it get at least one step further
+            time.sleep(0.005)
+            try:
+                if len(metrics(out, "loss")) > before:
+                    break
+            except (OSError, ValueError):
+                continue
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    run(corpus, out)
+    assert same(state(out), state(whole[0]) | {"config": state(out)["config"]})
+    assert metrics(out, "loss") == metrics(whole[0], "loss")
+    assert metrics(out, "val_loss") == metrics(whole[0], "val_loss")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(whole, corpus, tmp_path, number):
+    out = tmp_path / "run"
+    settings = {"checkpoint_interval": 1000}
+    process = subprocess.Popen(
+        command(corpus, out, **settings), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        time.sleep(0.005)
+    process.send_signal(number)
+    said = process.communicate()[0]
+    assert process.returncode == 128 + number
+    stopped = state(out)["step"]
+    assert f"stopped after step {stopped}" in said
+    assert stopped == max(metrics(out, "loss"))  # nothing but the step in flight came after the signal
+    assert stopped < 24
+    run(corpus, out, **settings)
+    assert same(state(out)["model"], state(whole[0])["model"])
+
+
+def test_a_kill_between_the_two_renames_leaves_the_previous_checkpoint_in_use(whole, corpus, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    (out / "ckpt.pt").unlink()
+    (out / "length.json").unlink()
+    run(corpus, out)
+    assert same(state(out)["model"], state(whole[0])["model"])
+
+
+def test_two_processes_compute_what_one_does(corpus, tmp_path):
+    """Each its own half of the same batch: the losses agree to rounding."""
+    settings = {"max_steps": 12, "dropout": 0.0}
+    run(corpus, tmp_path / "one", **settings)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    for name, more in (("two", {}), ("accumulated", {"micro_batch_size": 2})):
+        two = command(corpus, tmp_path / name, launcher, **settings, **more)
+        done = subprocess.run(two, env=ENV, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("M parameters") == 1  # only one process speaks
+        for key, tolerance in (("loss", 1e-4), ("val_loss", 1e-4), ("grad_norm", 1e-3)):
+            one, other = metrics(tmp_path / "one", key), metrics(tmp_path / name, key)
+            assert other == pytest.approx(one, rel=tolerance)
+        lengths = [json.loads((tmp_path / out / "length.json").read_text())["loss"] for out in ("one", name)]
+        assert lengths[1] == pytest.approx(lengths[0], rel=1e-3)
+
+
+def test_two_processes_stop_after_the_same_step_and_go_on_as_one(corpus, tmp_path):
+    out, settings = tmp_path / "run", {"max_steps": 2000, "dropout": 0.0, "checkpoint_interval": 100000}
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = subprocess.Popen(
+        command(corpus, out, launcher, **settings),
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert "saved in" in said
+    stopped = state(out)["step"]
+    run(corpus, out, **settings | {"max_steps": stopped + 1})
+    assert state(out)["step"] == stopped + 1
+
+
+def test_accumulation_changes_nothing_but_rounding(corpus, tmp_path):
+    settings = {"max_steps": 6, "dropout": 0.0}
+    run(corpus, tmp_path / "one", **settings)
+    run(corpus, tmp_path / "four", micro_batch_size=2, **settings)
+    assert metrics(tmp_path / "four", "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_learns_and_resumes_exactly(corpus, tmp_path, dtype):
+    settings = {"dtype": dtype, "max_steps": 16}
+    run(corpus, tmp_path / "whole", **settings)
+    process = subprocess.Popen(
+        command(corpus, tmp_path / "parts", **settings), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "parts" / "ckpt.pt").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    run(corpus, tmp_path / "parts", **settings)
+    one, other = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert same(one["model"], other["model"])
+    assert same(one["scaler"], other["scaler"])
+    assert bool(one["scaler"]) == (dtype == "float16")
+    assert all(weight.dtype == torch.float32 for weight in one["model"].values())
+    loss = metrics(tmp_path / "whole", "loss")
+    assert loss[16] < loss[1] - 0.5
+
+
+def test_length_schedule_keeps_tokens_per_step(corpus, tmp_path):
+    run(corpus, tmp_path / "run", length_schedule="{0.0: 4, 0.5: 16}", max_steps=8, eval_interval=8)
+    assert metrics(tmp_path / "run", "loss").keys() == set(range(1, 9))
+    config = Config(length_schedule={0.0: 4, 0.5: 16}, train_length=16, max_steps=8)
+    assert config.phases == [(0, 4), (4, 16)]
+
+
+def test_init_from_takes_weights_and_model_settings(whole, corpus, tmp_path):
+    """A new encoding starts from the old weights: with a learning rate of 0 they stay what they were."""
+    frozen = {"learning_rate": 0.0, "posenc": "alibi", "train_length": 32, "max_steps": 1}
+    line = [
+        word
+        for word in command(corpus, tmp_path / "new", init_from=whole[0], **frozen)
+        if not word.startswith(("--n_layer", "--n_embd"))
+    ]
+    done = subprocess.run(line, env=ENV, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert (config["n_embd"], config["posenc"], config["train_length"]) == (32, "alibi", 32)
+    assert same(state(tmp_path / "new")["model"], state(whole[0])["model"])
+
+
+def test_compiled_runs_resume_exactly_and_save_plain_names(corpus, tmp_path):
+    settings = {"compile": True, "max_steps": 8, "n_layer": 1}
+    run(corpus, tmp_path / "whole", **settings)
+    process = subprocess.Popen(
+        command(corpus, tmp_path / "parts", **settings), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "parts" / "ckpt.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    run(corpus, tmp_path / "parts", **settings)
+    assert same(state(tmp_path / "whole")["model"], state(tmp_path / "parts")["model"])
+    assert not any("_orig_mod" in name for name in state(tmp_path / "whole")["model"])
+    run(corpus, tmp_path / "plain", **settings | {"compile": False})
+    plain, compiled = metrics(tmp_path / "plain", "val_loss"), metrics(tmp_path / "whole", "val_loss")
+    assert compiled[8] == pytest.approx(plain[8], rel=1e-2)
+
+
+# ---- mistakes: one line, status 2, nothing overwritten
+
+
+def refuse(corpus, out, said, **settings):
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} if out.exists() else None
+    done = run(corpus, out, check=False, **settings)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()
+    assert len(last) == 1, done.stderr
+    assert re.search(said, last[0]), last[0]
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} if out.exists() else None
+    assert before == after
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_changed_config_names_the_keys(copy, corpus):
+    refuse(corpus, copy, r"learning_rate was 0.006 and is now 0.1.*--out_dir", learning_rate=0.1)
+
+
+def test_more_steps_may_be_asked_for(copy, corpus):
+    run(corpus, copy, max_steps=26, checkpoint_interval=13)
+    assert state(copy)["step"] == 26
+
+
+def test_a_cut_checkpoint(copy, corpus):
+    whole = (copy / "ckpt.pt").read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 100):
+        (copy / "ckpt.pt").write_bytes(whole[:size])
+        refuse(corpus, copy, r"ckpt.pt is (damaged|no checkpoint).*ckpt_prev.pt")
+
+
+def test_a_checkpoint_cannot_run_code(copy, corpus, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"model": Trap(), "step": 1, "config": {}}, copy / "ckpt.pt")
+    refuse(corpus, copy, "more than tensors and plain values")
+    (copy / "ckpt.pt").write_bytes(pickle.dumps(Trap()))
+    refuse(corpus, copy, "more than tensors and plain values")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_foreign_tokenizer(copy, corpus):
+    saved = state(copy)
+    torch.save(saved | {"tokenizer_fingerprint": "0" * 16}, copy / "ckpt.pt")
+    refuse(corpus, copy, "tokenizer bytes is not the one")
+
+
+def test_a_changed_corpus(copy, corpus):
+    saved = state(copy)
+    torch.save(saved | {"data_checksum": "0" * 64}, copy / "ckpt.pt")
+    refuse(corpus, copy, "corpus of .* has changed")
+
+
+def test_a_folder_of_other_files(corpus, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    refuse(corpus, tmp_path / "mine", "other files")
+
+
+def test_a_batch_that_does_not_divide(corpus, tmp_path):
+    refuse(corpus, tmp_path / "new", "does not divide", micro_batch_size=3)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path):
+    out = tmp_path / "run"
+    settings = {"optimizer": "adamw", "grad_clip": 0.0, "norm": "layernorm", "embed_norm": False, "warmup": 0.0}
+    done = run(corpus, out, check=False, learning_rate=1e30, **settings)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert re.search(r"loss (nan|inf) at step \d+; .*--learning_rate", done.stderr)
+    if (out / "ckpt.pt").exists():
+        assert all(weight.isfinite().all() for weight in state(out)["model"].values())
+
+
+def test_a_missing_init_from(corpus, tmp_path):
+    refuse(corpus, tmp_path / "new", "no run .*nowhere", init_from="nowhere")
+
+
+# ---- pieces
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_learning_rate_rises_stays_and_falls(schedule):
+    config = Config(schedule=schedule, max_steps=100, warmup=0.1, decay=0.3, final_lr=0.1)
+    rates = [train.learning_rate(config, step) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[0] == pytest.approx(0.05)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.02)
+    if schedule == "wsd":
+        assert rates[10:70] == [1.0] * 60
+
+
+def test_only_the_blocks_matrices_decay():
+    config = Config(posenc="t5", vocab_size=20, n_layer=1, n_embd=32, bias=True, norm_affine=True)
+    model = train.runs.build(config)
+    for optimizer_name in ("adamw", "muon"):
+        config.optimizer = optimizer_name
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        seen = []
+        for optimizer in train.make_optimizers(model, config):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    seen.append(names[id(parameter)])
+                    matrix = seen[-1].startswith("blocks.") and parameter.dim() == 2
+                    assert (group["weight_decay"] > 0) == matrix
+        assert sorted(seen) == sorted(names.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("posenc", train.posenc.ENCODINGS)
+def test_training_on_a_gpu(corpus, tmp_path, dtype, posenc):
+    run(corpus, tmp_path / "run", device="cuda", dtype=dtype, posenc=posenc, n_embd=64)
+    loss = metrics(tmp_path / "run", "loss")
+    assert loss[24] < loss[1] - 0.5
+
+
+def test_one_process_is_its_own_sum():
+    assert Device(torch.device("cpu"), torch.float32).sum(1.0, 2.0) == (1.0, 2.0)

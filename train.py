@@ -1,0 +1,357 @@
+"""Train a GPT from configs: tokens -> steps -> checkpoints -> loss at 1/2 to 8 times the training length.
+
+    python train.py configs/rope.py
+    python train.py configs/alibi.py configs/small_gpu.py --max_steps=1e4
+    torchrun --standalone --nproc_per_node=8 train.py configs/rope.py configs/gpt2.py
+
+The same command again goes on where the run stopped. `--help` lists every setting.
+"""
+
+import time
+
+START = time.perf_counter()  # before the imports: "seconds" in metrics.jsonl count what a user waits
+
+import json
+import math
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import configs
+import data
+import device as devices
+import evaluate
+import posenc
+import report
+import runs
+from configs import Config
+from data import tokenizer
+from errors import UserError, run
+from model import GPTConfig, derive_seed
+
+# What may differ when a run goes on; all else would make it another run.
+MAY_CHANGE = {
+    "max_steps",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_interval",
+    "device",
+    "compile",
+    "out_dir",
+    "data_dir",
+    "length_targets",
+}
+
+
+def settle(names, given):
+    """Names of the config files and {key: value} -> the whole Config. `init_from` lends it model settings."""
+    inherited = {}
+    if given.get("init_from"):
+        base = runs.load(given["init_from"])["config"]
+        inherited = {field.name: base[field.name] for field in fields(GPTConfig)} | {"tokenizer": base["tokenizer"]}
+        if "posenc" in given:
+            given["posenc"] = posenc.merge(base["posenc"], given["posenc"])
+    config = configs.make(Config, inherited | given)
+    if not config.out_dir:
+        spec = config.posenc if isinstance(config.posenc, str) else "-".join(config.posenc)
+        config.out_dir = "out/" + ("-".join(names) or spec.partition("(")[0])
+    return config
+
+
+def learning_rate(config, step):
+    """The learning rate of a step, as a share of its peak: up, then level and down (wsd), or up and along a cosine."""
+    share = (step + 0.5) / config.max_steps
+    if share < config.warmup:
+        return share / config.warmup
+    if config.schedule == "cosine":
+        fall = 0.5 + 0.5 * math.cos(math.pi * (share - config.warmup) / (1 - config.warmup))
+    else:
+        fall = min(1.0, (1 - share) / config.decay) if config.decay else 1.0
+    return config.final_lr + (1 - config.final_lr) * fall
+
+
+def make_optimizers(model, config):
+    """AdamW, or Muon for the blocks' matrices and AdamW for all else. Nothing but those matrices decays."""
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    known = {id(p) for p in matrices}
+    rest = {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0}
+    rate, decay = config.learning_rate, config.weight_decay
+    adamw = {"lr": rate, "betas": (config.beta1, config.beta2), "fused": rest["params"][0].device.type != "mps"}
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, rest], **adamw)]
+    muon = torch.optim.Muon(matrices, rate, decay, config.momentum, adjust_lr_fn="match_rms_adamw")
+    return [torch.optim.AdamW([rest], **adamw), muon]
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask the run to finish its step, save and leave; a second one ends it at once."""
+
+    def __init__(self, device):
+        self.signal, self.device, self.group = 0, device, None
+        if device.world > 1:  # a group of its own on the CPU, so that asking costs the GPU no synchronisation
+            self.group = dist.new_group(backend="gloo")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+
+    def asked(self):
+        """The signal that any process got, or 0: all processes stop after the same step."""
+        if self.group is None:
+            return self.signal
+        flag = torch.tensor(self.signal)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
+        return int(flag)
+
+
+class Log:
+    """metrics.jsonl, the progress bar and the closing pictures. Only the main process writes."""
+
+    def __init__(self, folder, device, step, max_steps):
+        self.path, self.main = Path(folder) / "metrics.jsonl", device.main
+        self.bar = tqdm(
+            initial=step, total=max_steps, desc=Path(folder).name, unit="step", disable=not self.main,
+            mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True,
+        )  # fmt: skip
+        if self.main:
+            kept = [line for line in self.lines() if line["step"] <= step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def lines(self):
+        """The lines so far; one that a kill cut short is left out."""
+        found = []
+        for text in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                found.append(json.loads(text))
+            except ValueError:
+                continue
+        return found
+
+    def write(self, **line):
+        if self.main:
+            line["seconds"] = round(time.perf_counter() - START, 2)
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+    def say(self, text):
+        if self.main:
+            tqdm.write(text)
+
+    def draw(self):
+        lines = self.lines()
+        series = {
+            name: ([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
+            for name, key in (("training", "loss"), ("validation", "val_loss"))
+        }
+        report.lines(self.path.with_name("loss.png"), series, "step", "loss (nats per token)")
+
+
+def resume(config, out, device, dataset, encoding):
+    """The state of the run in the folder `out`, or None where it is new. UserError if that run is another one."""
+    if not any((out / name).exists() for name in (runs.CKPT, runs.PREVIOUS)):
+        ours = not out.exists() or not any(out.iterdir()) or (out / "metrics.jsonl").exists()
+        if not ours:
+            raise UserError(f"{out} holds other files; choose another folder with --out_dir")
+        return None
+    state = runs.load(out)
+    old, new = state["config"], runs.plain(config)
+    differ = [key for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]
+    if differ:
+        said = ", ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in differ)
+        raise UserError(
+            f"{out} holds a run with other settings: {said}. Start another with --out_dir, or set them back"
+        )
+    runs.check_tokenizer(encoding, state)
+    if state["data_checksum"] != dataset.meta["checksum"]:
+        raise UserError(f"the corpus of {out} has changed since it began ({dataset.folder}); start anew with --out_dir")
+    return state
+
+
+def train(config, device):
+    """One run from its first step, or from where it stopped, to its end. Returns the exit status."""
+    out, encoding = Path(config.out_dir), tokenizer.load(config.tokenizer)
+    share, rest = divmod(config.batch_size, device.world)
+    micro = config.micro_batch_size or share
+    if rest or share % micro:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide by {device.world} processes x micro_batch_size={micro}"
+        )
+    if device.local_rank == 0:  # one process of each machine prepares what is missing
+        dataset = data.open_dataset(config, encoding)
+    device.barrier()
+    dataset = data.open_dataset(config, encoding)
+    config.vocab_size = config.vocab_size or encoding.n_vocab
+    if config.vocab_size < encoding.n_vocab:
+        raise UserError(
+            f"vocab_size={config.vocab_size} is too small: tokenizer {config.tokenizer} has {encoding.n_vocab}"
+        )
+
+    state = resume(config, out, device, dataset, encoding)
+    model = runs.build(config, device.device)
+    optimizers = make_optimizers(model, config)
+    scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
+    step, best = 0, math.inf
+    if state:
+        step, best = state["step"], state["best"]
+        runs.load_weights(model, state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"])
+    elif config.init_from:
+        runs.load_weights(model, runs.load(config.init_from)["model"], fresh=("posenc.",))
+    device.barrier()  # all have looked before the main process writes
+    if device.main:
+        out.mkdir(parents=True, exist_ok=True)
+        runs.write_json(out / "config.json", runs.plain(config))
+
+    def save(name, **more):
+        if device.main:
+            state = {"model": model.state_dict(), "step": step, "config": runs.plain(config)} | more
+            state |= {
+                "tokenizer_fingerprint": dataset.meta["tokenizer_fingerprint"],
+                "data_checksum": dataset.meta["checksum"],
+            }
+            runs.save(out, name, state)
+
+    log, stop = Log(out, device, step, config.max_steps), Stop(device)
+    compiling = config.compile if config.compile != "auto" else device.device.type == "cuda"
+    if compiling and not devices.can_compile(device.device):
+        compiling = log.say("no C++ compiler here: going on without torch.compile")
+    if compiling and device.device.type == "cpu":
+        torch.use_deterministic_algorithms(True)  # or a resumed run would differ in the last bits
+    forward = torch.compile(model) if compiling else model
+    if device.world > 1:
+        forward = DistributedDataParallel(forward, device_ids=[device.device] if device.device.type == "cuda" else None)
+    windows = data.even_windows(dataset.val, config.train_length, max(1, config.eval_tokens // config.train_length))
+    token_bytes, parameters = tokenizer.byte_lengths(encoding), sum(p.numel() for p in model.parameters())
+    log.say(
+        f"{out}: {parameters / 1e6:.2f} M parameters, {config.posenc}, {len(dataset.train):,} training tokens "
+        f"({config.dataset}, {config.tokenizer}), {device.world} x {devices.describe(device.device)}, {device.dtype}"
+    )
+
+    tokens_per_step = config.batch_size * config.train_length
+    asked, since, since_step = 0, time.perf_counter(), step
+    while step < config.max_steps and not asked:
+        # Forward and backward, micro-batch by micro-batch.
+        phase, (first, length) = [(i, p) for i, p in enumerate(config.phases) if p[0] <= step][-1]
+        wider = config.train_length // length  # shorter windows, as many more of them
+        part = slice(device.rank * share * wider, (device.rank + 1) * share * wider)
+        rows = config.batch_size * wider
+        inputs, targets = data.batch(dataset.train, length, rows, (config.seed, phase), step - first, part)
+        torch.manual_seed(derive_seed(config.seed, step, device.rank))  # dropout
+        model.train()
+        loss = torch.zeros((), device=device.device)
+        micro_batches = list(zip(*(evaluate.batches(half, micro * wider) for half in (inputs, targets)), strict=True))
+        for index, (x, y) in enumerate(micro_batches):
+            x, y = (half.to(device.device, non_blocking=True) for half in (x, y))
+            last = index == len(micro_batches) - 1
+            with forward.no_sync() if device.world > 1 and not last else nullcontext():
+                with device.autocast():
+                    part_loss = forward(x, y).sum() / (rows * length)  # a share of the mean over the whole step
+                # DDP averages gradients over the processes, where ours are parts of one sum.
+                scaler.scale(part_loss * device.world).backward()
+            loss += part_loss.detach()
+
+        # Update.
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * learning_rate(config, step)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        if not scaler.is_enabled() or norm.isfinite():  # with float16 both optimisers step, or neither
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        log.bar.update()
+
+        # Measure, log, save.
+        asked = stop.asked()
+        done = step == config.max_steps
+        logs, saves = step % config.log_interval == 0, step % config.checkpoint_interval == 0 or done or asked
+        evaluates = step % config.eval_interval == 0 or done
+        if logs or saves or evaluates:
+            (mean,) = device.sum(loss.item())
+            if not math.isfinite(mean):
+                kept = (
+                    "the last good checkpoint is in " + str(out) if (out / runs.CKPT).exists() else "no checkpoint yet"
+                )
+                log.bar.close()
+                raise UserError(
+                    f"loss {mean} at step {step}; {kept}. Try a lower --learning_rate, "
+                    "or --dtype=float32, in a new --out_dir"
+                )
+        if logs:
+            speed = (step - since_step) * tokens_per_step / (time.perf_counter() - since)
+            since, since_step = time.perf_counter(), step
+            rate = optimizers[0].param_groups[0]["lr"]
+            log.write(step=step, loss=mean, learning_rate=rate, grad_norm=norm.item(), tokens_per_second=round(speed))
+            shown = {"loss": f"{mean:.3f}", "lr": f"{rate:.1e}", "tok/s": f"{speed:,.0f}"}
+            if peak := devices.peak(device.device):
+                shown["mfu"] = f"{speed * model.flops_per_token() / (peak * device.world):.0%}"
+            log.bar.set_postfix(shown, refresh=False)
+        if evaluates:
+            began = time.perf_counter()
+            model.eval()
+            val_loss, val_bpb = evaluate.validation_loss(model, windows, token_bytes, device, micro)
+            log.write(step=step, val_loss=val_loss, val_bpb=val_bpb)
+            log.say(f"step {step}: validation loss {val_loss:.4f}, {val_bpb:.4f} bits per byte")
+            if val_loss < best:
+                best = val_loss
+                save(runs.BEST)
+            since += time.perf_counter() - began
+        if saves:
+            optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+            save(runs.CKPT, optimizer=optimizer_states, scaler=scaler.state_dict(), best=best)
+    log.bar.close()
+    if asked:
+        log.say(f"stopped after step {step}, saved in {out}; the same command goes on from there")
+        return 128 + asked
+    close(model, config, dataset, device, log)
+    return 0
+
+
+def close(model, config, dataset, device, log):
+    """The end of a run: loss against context, the pictures, and the command to type next."""
+    out = Path(config.out_dir)
+    if (out / "length.json").exists():
+        log.say(f"{out} is finished ({config.max_steps} steps); for more of them raise --max_steps")
+    elif config.length_targets:
+        model.eval()
+        result = evaluate.length_loss(model, dataset, device, config.length_targets)
+        if device.main:
+            runs.write_json(out / "length.json", result | {"seed": config.seed} | report.provenance(device.device))
+            evaluate.picture(out / "length.png", {out.name: result})
+            log.say("\n".join(evaluate.table({out.name: result})))
+    if device.main:
+        log.draw()
+        tokens = min(8 * config.train_length, model.max_length - 8)
+        log.say(f'next: python sample.py {out} --prompt="def " --tokens={tokens}')
+
+
+def main(argv):
+    config = settle(*configs.parse(argv))
+    device = devices.choose(config.device, config.dtype)
+    try:
+        return train(config, device)
+    except torch.OutOfMemoryError:
+        now = config.micro_batch_size or config.batch_size // device.world
+        raise UserError(f"out of memory: lower --micro_batch_size (now {now}); gradients accumulate") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
