@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,3 +132,26 @@ def peak(device):
         return None
     name = torch.cuda.get_device_name(device)
     return next((value for key, value in PEAK.items() if key in name), None)
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask the run to finish its step, save and leave; a second one ends it at once."""
+
+    def __init__(self, device):
+        self.signal, self.device, self.group = 0, device, None
+        if device.world > 1:  # a group of its own on the CPU, so that asking costs the GPU no synchronisation
+            self.group = dist.new_group(backend="gloo")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+
+    def asked(self):
+        """The signal that any process got, or 0: all processes stop after the same step."""
+        if self.group is None:
+            return self.signal
+        flag = torch.tensor(self.signal)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
+        return int(flag)

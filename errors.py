@@ -9,12 +9,12 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main(argv) of a script and turn a UserError into its one line."""
+    """Call main(argv) of a script and turn a UserError, or what the file system refuses, into one line."""
     try:
         sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"{sys.argv[0].rpartition('/')[2]}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail again
         sys.exit(0)
+    except (UserError, OSError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

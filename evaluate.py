@@ -37,7 +37,7 @@ def validation_loss(model, windows, token_bytes, device, rows):
     nats = 0.0
     for x, y in zip(batches(inputs, rows), batches(targets, rows), strict=True):
         with device.autocast():
-            nats += model(x.to(device.device), y.to(device.device)).double().sum().item()
+            nats += model(x.to(device.device), y.to(device.device)).cpu().double().sum().item()
     nats, tokens, size = device.sum(nats, targets.size, float(token_bytes[targets].sum()))
     return nats / tokens, nats / size / math.log(2)
 
@@ -84,7 +84,7 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
             with device.autocast():
                 for part in context.split(chunk, dim=1) if context.shape[1] else ():
                     model(part, cache=cache, last=1)
-                nats += model(last, targets, cache=cache).double().sum().item()
+                nats += model(last, targets, cache=cache).cpu().double().sum().item()
         (total,) = device.sum(nats)
         losses.append(total / (len(windows) * scored))
     return {

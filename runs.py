@@ -3,13 +3,17 @@
 import json
 import os
 import pickle
+import sys
+import time
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import posenc
+import report
 from configs import Config, make
 from data import tokenizer
 from errors import UserError
@@ -82,32 +86,37 @@ def build(config, device="cpu"):
         raise UserError(str(error)) from None
 
 
-def load_weights(model, weights, fresh=()):
-    """Put a checkpoint's weights into the model. Names that start with one of `fresh` may be missing or left over."""
-    missing, unexpected = [], []
+def load_weights(model, weights, fresh=False):
+    """Put a checkpoint's weights into the model. Those of an encoding that the model has no more are left over; those
+    of an encoding that the checkpoint never had are an error, or with `fresh` keep their initial values."""
     try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
+        missing, left = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\t")[1:2])
         raise UserError(f"the checkpoint does not fit these settings: {reason}") from None
-    wrong = [name for name in (*missing, *unexpected) if not name.startswith(tuple(fresh))]
+    wrong = [name for name in missing if not (fresh and name.startswith("posenc."))]
+    wrong += [name for name in left if not name.startswith("posenc.")]
     if wrong:
-        raise UserError(f"the checkpoint does not fit these settings: {', '.join(wrong[:3])}")
+        raise UserError(f"the checkpoint does not fit these settings: no weights for, or no place for, {wrong[0]}")
 
 
 def open_run(run, device="cpu", override=""):
     """A run for use -> model in eval mode, its Config, its tokenizer. `override` is merged into its `posenc`."""
     state = load(run)
-    try:
-        spec = posenc.merge(state["config"]["posenc"], override) if override else state["config"]["posenc"]
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    config = config_of(state, posenc=spec)
+    config = config_of(state, posenc=merge_posenc(state["config"]["posenc"], override))
     encoding = tokenizer.load(config.tokenizer)
     check_tokenizer(encoding, state)
     model = build(config, device)
-    load_weights(model, state["model"], fresh=("posenc.",) if override else ())
+    load_weights(model, state["model"])
     return model.eval(), config, encoding
+
+
+def merge_posenc(spec, override):
+    """A checkpoint's `posenc` with what was asked for laid over it; '' asks for nothing."""
+    try:
+        return posenc.merge(spec, override) if override else spec
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_tokenizer(encoding, state):
@@ -123,6 +132,59 @@ def write_json(path, value):
     os.replace(part, path)
 
 
+def read_json(path):
+    """The JSON file's value, or {} where there is none that is whole."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def plain(config):
     """The Config as plain values, for checkpoints and config.json."""
     return asdict(config)
+
+
+class Log:
+    """metrics.jsonl, the progress bar and the picture of the loss. Only the main process writes.
+
+    start: time.perf_counter() when the process began. Lines of steps after `step` are cut off: they are done again.
+    """
+
+    def __init__(self, folder, device, step, max_steps, start):
+        self.path, self.main, self.start = Path(folder) / "metrics.jsonl", device.main, start
+        self.bar = tqdm(
+            initial=step, total=max_steps, desc=Path(folder).name, unit="step", disable=not self.main,
+            mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True,
+        )  # fmt: skip
+        if self.main:
+            kept = [line for line in self.lines() if line["step"] <= step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def lines(self):
+        """The lines so far; one that a kill cut short is left out."""
+        found = []
+        for text in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                found.append(json.loads(text))
+            except ValueError:
+                continue
+        return found
+
+    def write(self, **line):
+        if self.main:
+            line["seconds"] = round(time.perf_counter() - self.start, 2)
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+    def say(self, text):
+        if self.main:
+            tqdm.write(text)
+
+    def draw(self):
+        lines = self.lines()
+        series = {
+            name: ([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
+            for name, key in (("training", "loss"), ("validation", "val_loss"))
+        }
+        report.lines(self.path.with_name("loss.png"), series, "step", "loss (nats per token)")

@@ -11,10 +11,7 @@ import time
 
 START = time.perf_counter()  # before the imports: "seconds" in metrics.jsonl count what a user waits
 
-import json
 import math
-import signal
-import sys
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -22,13 +19,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import configs
 import data
 import device as devices
 import evaluate
-import posenc
 import report
 import runs
 from configs import Config
@@ -36,6 +31,7 @@ from data import tokenizer
 from errors import UserError, run
 from model import GPTConfig, derive_seed
 
+TRY = "Try a lower --learning_rate, or --dtype=float32, with another --out_dir"
 # What may differ when a run goes on; all else would make it another run.
 MAY_CHANGE = {
     "max_steps",
@@ -56,8 +52,7 @@ def settle(names, given):
     if given.get("init_from"):
         base = runs.load(given["init_from"])["config"]
         inherited = {field.name: base[field.name] for field in fields(GPTConfig)} | {"tokenizer": base["tokenizer"]}
-        if "posenc" in given:
-            given["posenc"] = posenc.merge(base["posenc"], given["posenc"])
+        given["posenc"] = runs.merge_posenc(base["posenc"], given.get("posenc", ""))
     config = configs.make(Config, inherited | given)
     if not config.out_dir:
         spec = config.posenc if isinstance(config.posenc, str) else "-".join(config.posenc)
@@ -90,76 +85,11 @@ def make_optimizers(model, config):
     return [torch.optim.AdamW([rest], **adamw), muon]
 
 
-class Stop:
-    """SIGTERM and Ctrl-C ask the run to finish its step, save and leave; a second one ends it at once."""
-
-    def __init__(self, device):
-        self.signal, self.device, self.group = 0, device, None
-        if device.world > 1:  # a group of its own on the CPU, so that asking costs the GPU no synchronisation
-            self.group = dist.new_group(backend="gloo")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        signal.signal(number, signal.SIG_DFL)
-        self.signal = number
-
-    def asked(self):
-        """The signal that any process got, or 0: all processes stop after the same step."""
-        if self.group is None:
-            return self.signal
-        flag = torch.tensor(self.signal)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
-        return int(flag)
-
-
-class Log:
-    """metrics.jsonl, the progress bar and the closing pictures. Only the main process writes."""
-
-    def __init__(self, folder, device, step, max_steps):
-        self.path, self.main = Path(folder) / "metrics.jsonl", device.main
-        self.bar = tqdm(
-            initial=step, total=max_steps, desc=Path(folder).name, unit="step", disable=not self.main,
-            mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True,
-        )  # fmt: skip
-        if self.main:
-            kept = [line for line in self.lines() if line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-    def lines(self):
-        """The lines so far; one that a kill cut short is left out."""
-        found = []
-        for text in self.path.read_text().splitlines() if self.path.exists() else ():
-            try:
-                found.append(json.loads(text))
-            except ValueError:
-                continue
-        return found
-
-    def write(self, **line):
-        if self.main:
-            line["seconds"] = round(time.perf_counter() - START, 2)
-            with self.path.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-
-    def say(self, text):
-        if self.main:
-            tqdm.write(text)
-
-    def draw(self):
-        lines = self.lines()
-        series = {
-            name: ([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
-            for name, key in (("training", "loss"), ("validation", "val_loss"))
-        }
-        report.lines(self.path.with_name("loss.png"), series, "step", "loss (nats per token)")
-
-
 def resume(config, out, device, dataset, encoding):
     """The state of the run in the folder `out`, or None where it is new. UserError if that run is another one."""
     if not any((out / name).exists() for name in (runs.CKPT, runs.PREVIOUS)):
-        ours = not out.exists() or not any(out.iterdir()) or (out / "metrics.jsonl").exists()
-        if not ours:
+        new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        if not new and not (out / "metrics.jsonl").exists():
             raise UserError(f"{out} holds other files; choose another folder with --out_dir")
         return None
     state = runs.load(out)
@@ -171,7 +101,7 @@ def resume(config, out, device, dataset, encoding):
             f"{out} holds a run with other settings: {said}. Start another with --out_dir, or set them back"
         )
     runs.check_tokenizer(encoding, state)
-    if state["data_checksum"] != dataset.meta["checksum"]:
+    if state["data_checksum"] != dataset.meta["data_checksum"]:
         raise UserError(f"the corpus of {out} has changed since it began ({dataset.folder}); start anew with --out_dir")
     return state
 
@@ -207,7 +137,7 @@ def train(config, device):
             optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"])
     elif config.init_from:
-        runs.load_weights(model, runs.load(config.init_from)["model"], fresh=("posenc.",))
+        runs.load_weights(model, runs.load(config.init_from)["model"], fresh=True)
     device.barrier()  # all have looked before the main process writes
     if device.main:
         out.mkdir(parents=True, exist_ok=True)
@@ -215,20 +145,20 @@ def train(config, device):
 
     def save(name, **more):
         if device.main:
-            state = {"model": model.state_dict(), "step": step, "config": runs.plain(config)} | more
-            state |= {
-                "tokenizer_fingerprint": dataset.meta["tokenizer_fingerprint"],
-                "data_checksum": dataset.meta["checksum"],
-            }
-            runs.save(out, name, state)
+            known = {key: dataset.meta[key] for key in ("tokenizer_fingerprint", "data_checksum")}
+            runs.save(
+                out, name, {"model": model.state_dict(), "step": step, "config": runs.plain(config)} | known | more
+            )
 
-    log, stop = Log(out, device, step, config.max_steps), Stop(device)
-    compiling = config.compile if config.compile != "auto" else device.device.type == "cuda"
-    if compiling and not devices.can_compile(device.device):
-        compiling = log.say("no C++ compiler here: going on without torch.compile")
-    if compiling and device.device.type == "cpu":
-        torch.use_deterministic_algorithms(True)  # or a resumed run would differ in the last bits
-    forward = torch.compile(model) if compiling else model
+    log, stop = runs.Log(out, device, step, config.max_steps, START), devices.Stop(device)
+    forward = model
+    if config.compile is True or (config.compile == "auto" and device.device.type == "cuda"):
+        if devices.can_compile(device.device):
+            forward = torch.compile(model)
+            # On the CPU a resumed run would else differ in the last bits.
+            torch.use_deterministic_algorithms(device.device.type == "cpu")
+        else:
+            log.say("no C++ compiler here: going on without torch.compile")
     if device.world > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.device] if device.device.type == "cuda" else None)
     windows = data.even_windows(dataset.val, config.train_length, max(1, config.eval_tokens // config.train_length))
@@ -284,14 +214,11 @@ def train(config, device):
         if logs or saves or evaluates:
             (mean,) = device.sum(loss.item())
             if not math.isfinite(mean):
-                kept = (
-                    "the last good checkpoint is in " + str(out) if (out / runs.CKPT).exists() else "no checkpoint yet"
-                )
                 log.bar.close()
-                raise UserError(
-                    f"loss {mean} at step {step}; {kept}. Try a lower --learning_rate, "
-                    "or --dtype=float32, in a new --out_dir"
+                kept = (
+                    f"the last good checkpoint is {out / runs.CKPT}" if (out / runs.CKPT).exists() else "none was saved"
                 )
+                raise UserError(f"loss {mean} at step {step}; {kept}. {TRY}")
         if logs:
             speed = (step - since_step) * tokens_per_step / (time.perf_counter() - since)
             since, since_step = time.perf_counter(), step
@@ -318,25 +245,26 @@ def train(config, device):
     if asked:
         log.say(f"stopped after step {step}, saved in {out}; the same command goes on from there")
         return 128 + asked
-    close(model, config, dataset, device, log)
+    close(model, config, dataset, device, log, step)
     return 0
 
 
-def close(model, config, dataset, device, log):
+def close(model, config, dataset, device, log, step):
     """The end of a run: loss against context, the pictures, and the command to type next."""
     out = Path(config.out_dir)
-    if (out / "length.json").exists():
-        log.say(f"{out} is finished ({config.max_steps} steps); for more of them raise --max_steps")
+    if runs.read_json(out / "length.json").get("step") == step:
+        log.say(f"{out} is finished ({step} steps); for more of them raise --max_steps")
     elif config.length_targets:
         model.eval()
         result = evaluate.length_loss(model, dataset, device, config.length_targets)
         if device.main:
-            runs.write_json(out / "length.json", result | {"seed": config.seed} | report.provenance(device.device))
+            made = {"step": step, "seed": config.seed} | report.provenance(device.device)
+            runs.write_json(out / "length.json", result | made)
             evaluate.picture(out / "length.png", {out.name: result})
             log.say("\n".join(evaluate.table({out.name: result})))
     if device.main:
         log.draw()
-        tokens = min(8 * config.train_length, model.max_length - 8)
+        tokens = max(1, min(8 * config.train_length, model.max_length - 8))
         log.say(f'next: python sample.py {out} --prompt="def " --tokens={tokens}')
 
 
@@ -345,7 +273,9 @@ def main(argv):
     device = devices.choose(config.device, config.dtype)
     try:
         return train(config, device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         now = config.micro_batch_size or config.batch_size // device.world
         raise UserError(f"out of memory: lower --micro_batch_size (now {now}); gradients accumulate") from None
     finally:

@@ -78,8 +78,7 @@ class Config(GPTConfig):
             last = lengths[-1]
             require(last == self.train_length, f"length_schedule ends at {last}: set train_length={last} too")
             for length in lengths:
-                tokens = self.batch_size * self.train_length
-                require(tokens % length == 0, f"length_schedule: {tokens} tokens a step are no multiple of {length}")
+                require(last % length == 0, f"length_schedule: {length} does not divide the last length, {last}")
 
     @property
     def phases(self):

@@ -25,6 +25,7 @@ from errors import UserError
 
 SOURCES = {"python": python, "shakespeare": shakespeare, "text": text}
 SPLITS = ("train", "val")
+FORMAT = 1  # of the token folders; raise it when they change
 
 
 @dataclass
@@ -46,7 +47,7 @@ def open_dataset(config, encoding):
     text shorter than one window.
     """
     source, fingerprint = SOURCES[config.dataset], tokenizer.fingerprint(encoding)
-    key = hashlib.sha256(repr((source.signature(config), fingerprint)).encode()).hexdigest()[:8]
+    key = hashlib.sha256(repr((FORMAT, source.signature(config), fingerprint)).encode()).hexdigest()[:8]
     folder = Path(config.data_dir) / "tokens" / f"{config.dataset}-{Path(config.tokenizer).stem}-{key}"
     if not (folder / "meta.json").exists():
         prepare(source, config, encoding, fingerprint, folder)
@@ -90,7 +91,9 @@ def prepare(source, config, encoding, fingerprint, folder):
             "vocab_size": encoding.n_vocab,
             "dtype": dtype.str,
             "tokens": tokens,
-            "checksum": hashlib.sha256("".join(digest[split].hexdigest() for split in SPLITS).encode()).hexdigest(),
+            "data_checksum": hashlib.sha256(
+                "".join(digest[split].hexdigest() for split in SPLITS).encode()
+            ).hexdigest(),
             "documents": starts,
         }
         (part / "meta.json").write_text(json.dumps(meta))
@@ -108,15 +111,14 @@ def check(folder, encoding, fingerprint):
     again = f"remove the folder {folder} and it is made again"
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        dtype = np.dtype(meta["dtype"])
-        counts = {split: meta["tokens"][split] for split in SPLITS}
-        known, size = (
-            meta["tokenizer_fingerprint"],
-            {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS},
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged ({type(error).__name__}: {error}); {again}") from None
-    if known != fingerprint:
+        missing = {"data_checksum", "documents", "dtype", "tokenizer_fingerprint", "tokens"} - meta.keys()
+        if missing:
+            raise ValueError(f"meta.json lacks {', '.join(sorted(missing))}")
+        dtype, counts = np.dtype(meta["dtype"]), meta["tokens"]
+        size = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} is damaged ({error}); {again}") from None
+    if meta["tokenizer_fingerprint"] != fingerprint:
         raise UserError(f"{folder} holds the tokens of another tokenizer; {again}")
     files = {}
     for split in SPLITS:

@@ -8,46 +8,15 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from tiny import ENV, command, run
 
 import train
 from configs import Config
 from device import Device
-
-ROOT = Path(train.__file__).parent
-TINY = {
-    "dataset": "text", "train_length": 16, "n_layer": 2, "n_embd": 32, "batch_size": 8, "max_steps": 24,
-    "eval_interval": 8,
-    "checkpoint_interval": 4, "log_interval": 1, "eval_tokens": 256, "length_targets": 4, "dropout": 0.1,
-    "dtype": "float32", "device": "cpu",
-}  # fmt: skip
-ENV = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-ENV["OMP_NUM_THREADS"] = "1"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """One long text that is no noise."""
-    file = tmp_path_factory.mktemp("corpus") / "text.txt"
-    file.write_text("".join(f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(1500)))
-    return file
-
-
-def command(corpus, out, launcher=(), **settings):
-    settings = TINY | {"text": str(corpus), "data_dir": str(corpus.parent / "data"), "out_dir": str(out)} | settings
-    flags = [f"--{key}={value}" for key, value in settings.items()]
-    return [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
-
-
-def run(corpus, out, check=True, **settings):
-    done = subprocess.run(command(corpus, out, **settings), env=ENV, capture_output=True, text=True, check=False)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 def state(out, name="ckpt.pt"):
@@ -70,15 +39,8 @@ def same(one, other):
     return one == other
 
 
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """A run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    return out, run(corpus, out)
-
-
-def test_a_run_leaves_what_other_programs_read(whole, corpus):
-    out, done = whole
+def test_a_run_leaves_what_other_programs_read(trained, corpus):
+    out = trained
     names = {path.name for path in out.iterdir()}
     expected = {
         "config.json",
@@ -107,19 +69,18 @@ def test_a_run_leaves_what_other_programs_read(whole, corpus):
     assert metrics(out, "val_bpb")[24] == pytest.approx(
         metrics(out, "val_loss")[24] / math.log(2) / bytes_per_token, rel=0.01
     )
-    assert f"python sample.py {out}" in done.stdout
-    assert "8 T" in done.stdout
 
 
-def test_a_finished_run_says_so_and_changes_nothing(whole, corpus):
-    out, _ = whole
+def test_a_finished_run_says_so_and_changes_nothing(trained, corpus):
+    out = trained
     before = (out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text()
     again = run(corpus, out)
     assert "finished" in again.stdout
+    assert f"python sample.py {out}" in again.stdout
     assert before == ((out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text())
 
 
-def test_sigkill_at_any_moment_loses_nothing(whole, corpus, tmp_path):
+def test_sigkill_at_any_moment_loses_nothing(trained, corpus, tmp_path):
     """Kill the same run again and again, at moments that have nothing to do with its steps, until it is through."""
     out, kills = tmp_path / "run", 0
     for delay in (0.0, 0.03, 0.11, 0.06, 0.2):
@@ -137,13 +98,13 @@ def test_sigkill_at_any_moment_loses_nothing(whole, corpus, tmp_path):
         kills += process.wait() == -signal.SIGKILL
     assert kills >= 2
     run(corpus, out)
-    assert same(state(out), state(whole[0]) | {"config": state(out)["config"]})
-    assert metrics(out, "loss") == metrics(whole[0], "loss")
-    assert metrics(out, "val_loss") == metrics(whole[0], "val_loss")
+    assert same(state(out), state(trained) | {"config": state(out)["config"]})
+    assert metrics(out, "loss") == metrics(trained, "loss")
+    assert metrics(out, "val_loss") == metrics(trained, "val_loss")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_and_saves(whole, corpus, tmp_path, number):
+def test_a_signal_finishes_the_step_and_saves(trained, corpus, tmp_path, number):
     out = tmp_path / "run"
     settings = {"checkpoint_interval": 1000}
     process = subprocess.Popen(
@@ -159,16 +120,16 @@ def test_a_signal_finishes_the_step_and_saves(whole, corpus, tmp_path, number):
     assert stopped == max(metrics(out, "loss"))  # nothing but the step in flight came after the signal
     assert stopped < 24
     run(corpus, out, **settings)
-    assert same(state(out)["model"], state(whole[0])["model"])
+    assert same(state(out)["model"], state(trained)["model"])
 
 
-def test_a_kill_between_the_two_renames_leaves_the_previous_checkpoint_in_use(whole, corpus, tmp_path):
+def test_a_kill_between_the_two_renames_leaves_the_previous_checkpoint_in_use(trained, corpus, tmp_path):
     out = tmp_path / "run"
-    shutil.copytree(whole[0], out)
+    shutil.copytree(trained, out)
     (out / "ckpt.pt").unlink()
     (out / "length.json").unlink()
     run(corpus, out)
-    assert same(state(out)["model"], state(whole[0])["model"])
+    assert same(state(out)["model"], state(trained)["model"])
 
 
 def test_two_processes_compute_what_one_does(corpus, tmp_path):
@@ -243,19 +204,19 @@ def test_length_schedule_keeps_tokens_per_step(corpus, tmp_path):
     assert config.phases == [(0, 4), (4, 16)]
 
 
-def test_init_from_takes_weights_and_model_settings(whole, corpus, tmp_path):
+def test_init_from_takes_weights_and_model_settings(trained, corpus, tmp_path):
     """A new encoding starts from the old weights: with a learning rate of 0 they stay what they were."""
     frozen = {"learning_rate": 0.0, "posenc": "alibi", "train_length": 32, "max_steps": 1}
     line = [
         word
-        for word in command(corpus, tmp_path / "new", init_from=whole[0], **frozen)
+        for word in command(corpus, tmp_path / "new", init_from=trained, **frozen)
         if not word.startswith(("--n_layer", "--n_embd"))
     ]
     done = subprocess.run(line, env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert (config["n_embd"], config["posenc"], config["train_length"]) == (32, "alibi", 32)
-    assert same(state(tmp_path / "new")["model"], state(whole[0])["model"])
+    assert same(state(tmp_path / "new")["model"], state(trained)["model"])
 
 
 def test_compiled_runs_resume_exactly_and_save_plain_names(corpus, tmp_path):
@@ -292,8 +253,8 @@ def refuse(corpus, out, said, **settings):
 
 
 @pytest.fixture
-def copy(whole, tmp_path):
-    shutil.copytree(whole[0], tmp_path / "run")
+def copy(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
 

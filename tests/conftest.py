@@ -1,0 +1,52 @@
+"""Fixtures that several test files share."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny import ENV, ROOT, run
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """run_script("train.py", "--max_steps=1", cwd=None, env=None): a script of the repository in a process of its own.
+
+    The working directory is tmp_path unless `cwd` says otherwise; `env` is laid over this process's environment.
+    """
+
+    def start(script, *arguments, cwd=None, env=None):
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            cwd=cwd or tmp_path,
+            env=ENV | (env or {}),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """One long text that is no noise."""
+    file = tmp_path_factory.mktemp("corpus") / "text.txt"
+    file.write_text("".join(f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(1500)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    """The folder of a tiny run with rope that nothing disturbed."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    run(corpus, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def learned(corpus, tmp_path_factory):
+    """The folder of a tiny run whose positions end at its training length."""
+    out = tmp_path_factory.mktemp("learned") / "run"
+    run(corpus, out, posenc="learned")
+    return out

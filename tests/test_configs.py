@@ -1,0 +1,432 @@
+"""Config files and flags: how they merge and convert, that they are never executed, and one clear line per mistake."""
+
+import dataclasses
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import configs
+import sample
+from configs import Config
+from errors import UserError
+
+ROOT = Path(configs.__file__).parent.parent
+FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
+SCRIPTS = ["data.bpe"] + [file.stem for file in sorted(ROOT.glob("*.py")) if "\nclass Options" in file.read_text()]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write("n_layer = 2") -> the path of a config file with that text, or those bytes."""
+
+    def to_file(text, name="mine.py"):
+        file = tmp_path / name
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(file)
+
+    return to_file
+
+
+def parse(*argv):
+    """The settings that a command line gives, as {key: (value, type)}: 1 == 1.0 == True, but they are not the same."""
+    return {key: (value, type(value)) for key, value in configs.parse(argv)[1].items()}
+
+
+def mistake(call, *arguments):
+    """The message of the UserError that the call raises."""
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    return str(error.value)
+
+
+def make(**settings):
+    return configs.make(Config, settings)
+
+
+# Merging.
+
+
+def test_files_merge_left_to_right_and_flags_win(write):
+    a = write("n_layer = 1\nn_head = 1\nn_embd = 1", "a.py")
+    b = write('"""A docstring."""\nn_head = 2\nn_embd = 2  # a comment', "b.py")
+    names, settings = configs.parse([a, "--n_embd=3", b])
+    assert names == ["a", "b"] and settings == {"n_layer": 1, "n_head": 2, "n_embd": 3}
+    assert configs.parse(["--n_embd", "3", b, a])[1] == {"n_layer": 1, "n_head": 1, "n_embd": 3}
+    assert configs.parse(["--n_layer=1", "--n_layer=2"])[1] == {"n_layer": 2}
+
+
+def test_the_last_of_two_assignments_in_a_file_counts(write):
+    assert configs.parse([write("n_layer = 1\nn_layer = 2")])[1] == {"n_layer": 2}
+
+
+# Values, in flags and files.
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "value"),
+    [
+        (["--n_layer=2"], "n_layer", 2),
+        (["--n_layer", "2"], "n_layer", 2),
+        (["--n-layer=2"], "n_layer", 2),
+        (["--max_steps=1e4"], "max_steps", 10000),
+        (["--max_steps", "2*8"], "max_steps", 16),
+        (["--batch_size=2**20 // 512"], "batch_size", 2048),
+        (["--seed", "-1"], "seed", -1),
+        (["--learning_rate=1"], "learning_rate", 1.0),
+        (["--learning_rate=3e-4"], "learning_rate", 0.0003),
+        (["--learning_rate", "1/4"], "learning_rate", 0.25),
+        (["--bias"], "bias", True),
+        (["--bias", "--n_layer=2"], "bias", True),
+        (["--bias=true"], "bias", True),
+        (["--bias=True"], "bias", True),
+        (["--bias", "false"], "bias", False),
+        (["--bias=False"], "bias", False),
+        (["--compile"], "compile", True),
+        (["--compile", "auto"], "compile", "auto"),
+        (["--compile=false"], "compile", False),
+        (["--optimizer=adamw"], "optimizer", "adamw"),
+        (["--posenc=rope(base=5e5)"], "posenc", "rope(base=5e5)"),
+        (['--posenc=["rope", "none"]'], "posenc", ["rope", "none"]),
+        (["--posenc", "('rope', 'none')"], "posenc", ["rope", "none"]),
+        (["--text=a.txt"], "text", "a.txt"),
+        (["--length_schedule={0.0: 64, 1/2: 128}"], "length_schedule", {0.0: 64, 0.5: 128}),
+    ],
+)
+def test_flag(flags, key, value):
+    assert parse(*flags)[key] == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "text", ["1e4", "True", "None", "[1, 2]", "'quoted'", "a=b", "  spaces ", "", "--dashes", "é\n\t%"]
+)
+def test_text_flags_are_taken_verbatim(text):
+    assert parse(f"--out_dir={text}")["out_dir"] == (text, str)
+    assert configs.flags([f"--prompt={text}"], sample.Options)[1] == {"prompt": text}
+
+
+def test_a_word_after_a_switch_is_no_value_of_it(write):
+    file = write("n_layer = 2")
+    assert parse("--bias", file) == {"bias": (True, bool), "n_layer": (2, int)}
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("n_layer = 2", 2),
+        ("max_steps = 1e4", 10000),
+        ("max_steps = 1_000 + 24 - 2**10 * 1", 0),
+        ("learning_rate = 1", 1.0),
+        ("learning_rate = 3 * 10**-4", 3 * 10**-4),
+        ("weight_decay = +1", 1.0),
+        ("seed = -3", -3),
+        ("bias = True", True),
+        ("bias = false", False),
+        ("compile = 'auto'", "auto"),
+        ("posenc = 'rope(base=5e5)'", "rope(base=5e5)"),
+        ("posenc = ['rope'] ", ["rope"]),
+        ("out_dir = '1e4'", "1e4"),
+        ("length_schedule = {0: 64, 0.5: 2 * 64}", {0: 64, 0.5: 128}),
+    ],
+)
+def test_file_line(write, line, value):
+    key = line.split()[0]
+    assert parse(write(line)) == {key: (value, type(value))}
+
+
+# Nothing in a config file, or a flag, is ever run.
+
+HARMFUL = [
+    "import pathlib; pathlib.Path(MARK).touch()",
+    "from pathlib import Path",
+    "open(MARK, 'w')",
+    "n_layer = open(MARK, 'w') or 2",
+    "n_layer = len(open(MARK, 'w').mode)",
+    "n_layer = [open(MARK, 'w') for _ in [0]]",
+    "n_layer = (x := open(MARK, 'w'))",
+    "n_layer = 2 if open(MARK, 'w') else 3",
+    "n_layer = 2 + open(MARK, 'w').fileno()",
+    "out_dir = f\"{open(MARK, 'w')}\"",
+    "out_dir = 'a'.join(['b'])",
+    "out_dir = 'a' * 10**9",
+    "length_schedule = {0.0: open(MARK, 'w')}",
+    "length_schedule = {open(MARK, 'w'): 2}",
+    "length_schedule = {**globals()}",
+    "text = [*open(MARK, 'w')]",
+    "n_layer = (2).real",
+    "n_layer = __file__",
+    "n_layer = [2][0]",
+    "n_layer = lambda: 2",
+    "n_layer += 2",
+    "n_layer: int = open(MARK, 'w')",
+    "n_layer = n_head = 2",
+    "n_layer, n_head = 2, 2",
+    "Config.n_layer = 2",
+    "if open(MARK, 'w'): n_layer = 2",
+    "class Config: open(MARK, 'w')",
+    "def n_layer(x=open(MARK, 'w')): pass",
+    "@open(MARK, 'w')\ndef n_layer(): pass",
+    "del n_layer",
+]
+
+
+@pytest.mark.parametrize("code", HARMFUL)
+def test_code_in_a_config_file_is_refused_and_does_not_run(write, tmp_path, code):
+    mark = tmp_path / "ran"
+    code = code.replace("MARK", repr(str(mark)))
+    compile(code, "mine.py", "exec")  # it is Python: what refuses it is not its syntax
+    file = write(f'"""A config."""\nn_layer = 2\n{code}\n')
+    line = 4 if code.startswith("@") else 3  # of a decorated function Python gives the line of its `def`
+    assert mistake(configs.parse, [file]).startswith(f"{file}, line {line}: ")
+    assert not mark.exists()
+
+
+def test_code_in_a_flag_does_not_run(tmp_path):
+    mark = tmp_path / "ran"
+    for key in ("n_layer", "bias", "length_schedule", "compile"):
+        assert mistake(configs.parse, [f"--{key}=open({str(mark)!r}, 'w')"]).startswith(f"--{key}: ")
+    assert configs.parse([f"--out_dir=open({str(mark)!r}, 'w')"])[1]["out_dir"].startswith("open(")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "9**9**9",  # the computer's memory holds no number of that length
+        "2**10**10",
+        "10.0**-400",
+        "9**-(9**9)",
+        "((2**64)**64)**64",  # a quarter of a million bits; once more is 16 million, and twice more fills the memory
+        "(10**64)**5",  # beyond every float
+        pytest.param("1" + "0" * 400, id="400 digits"),
+        "1/0",
+        "1//0",
+        "0**-1",
+    ],
+)
+def test_numbers_beyond_reason_are_refused_at_once(write, number):
+    for key in ("n_layer", "learning_rate"):
+        file = write(f"{key} = {number}")
+        assert mistake(configs.parse, [file]).startswith(f"{file}, line 1: ")
+        assert mistake(configs.parse, [f"--{key}={number}"]).startswith(f"--{key}: ")
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("n_layers", "n_layer"), ("learning_rat", "learning_rate"), ("Seed", "seed")]
+)
+def test_unknown_key_names_the_nearest(write, wrong, meant):
+    file = write(f"n_head = 2\n\n{wrong} = 1")
+    said = mistake(configs.parse, [file])
+    assert said.startswith(f"{file}, line 3: ") and f"'{wrong}'" in said and f"did you mean '{meant}'?" in said
+    said = mistake(configs.parse, [f"--{wrong}=1"])
+    assert f"--{wrong}" in said and f"did you mean '{meant}'?" in said
+
+
+@pytest.mark.parametrize("key", ["usage", "phases", "kv_heads", "__class__", "__post_init__"])
+def test_what_is_no_setting_cannot_be_set(write, key):
+    """Names of the class that are not its fields."""
+    assert f"unknown key '{key}'" in mistake(configs.parse, [write(f"{key} = 'x'")])
+    assert f"unknown key '{key}'" in mistake(configs.parse, [f"--{key}=x"])
+    assert f"unknown key '{key}'" in mistake(configs.parse, [f"--{key}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("n_layer", "'4'", "int"),
+        ("n_layer", "True", "int"),
+        ("n_layer", "2.5", "int"),
+        ("n_layer", "None", "int"),
+        ("n_layer", "1e999", "int"),
+        ("n_layer", "[2]", "int"),
+        ("learning_rate", "'fast'", "float"),
+        ("learning_rate", "True", "float"),
+        ("learning_rate", "1j", "float"),
+        ("bias", "1", "bool"),
+        ("bias", "'yes'", "bool"),
+        ("length_schedule", "[64, 128]", "dict"),
+        ("length_schedule", "{[0]: 64}", ""),
+        ("optimizer", "'sgd'", "muon, adamw"),
+        ("compile", "1", "auto, True, False"),
+    ],
+)
+def test_wrong_type_names_the_place_and_what_is_expected(write, key, value, expected):
+    file = write(f"\n{key} = {value}")
+    said = mistake(configs.parse, [file])
+    assert said.startswith(f"{file}, line 2: ") and key in said and expected in said
+    said = mistake(configs.parse, [f"--{key}={value}"])
+    assert said.startswith(f"--{key}: ") and expected in said
+
+
+@pytest.mark.parametrize(
+    "line", ["out_dir = 3", "out_dir = None", "posenc = 3", "posenc = True", "text = {}", "dataset = 1"]
+)
+def test_files_put_text_in_quotes(write, line):
+    assert ", line 1: " in mistake(configs.parse, [write(line)])
+
+
+@pytest.mark.parametrize("text", [[3], [None], [["a"]]])
+def test_a_list_of_texts_holds_names(text):
+    assert "text" in mistake(lambda: make(dataset="text", text=text))
+
+
+def test_a_flag_without_its_value_says_how_to_write_it():
+    for argv in (["--n_layer"], ["--n_layer", "--n_head=2"]):
+        said = mistake(configs.parse, argv)
+        assert "--n_layer needs a value" in said and "--n_layer=4" in said
+
+
+def test_missing_config_file_names_the_nearest():
+    said = mistake(configs.parse, ["configs/ropes.py"])
+    assert "configs/ropes.py" in said and "did you mean 'configs/rope.py'?" in said
+    assert "configs/alibi.py" in mistake(configs.parse, ["nothing like it"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"n_layer = 2  # caf\xe9\n",
+        b"\xff\xfen\x00=\x002\x00",
+        b"\x7fELF\x02\x01\x01\x00\x00",
+        b"n_layer = 2\x00",
+        b"PK\x03\x04 not Python",
+        b"n_layer == 2 =",
+        b"n_layer = " + b"(" * 300,
+    ],
+)
+def test_what_is_no_python_text_is_refused(write, content):
+    assert write(content) in mistake(configs.parse, [write(content)])
+
+
+def test_a_folder_is_no_config_file(tmp_path):
+    assert str(tmp_path) in mistake(configs.parse, [str(tmp_path)])
+
+
+def test_empty_config_file_changes_nothing(write):
+    assert configs.parse([write("")])[1] == configs.parse([write("# a comment\n")])[1] == {}
+
+
+# What does not fit together.
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"n_embd": 100, "n_head": 3}, "n_embd"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_kv_head"),
+        ({"n_layer": 0}, "n_layer"),
+        ({"train_length": -1}, "train_length"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"learning_rate": -1e-3}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"warmup": 0.7, "decay": 0.7}, "warmup"),
+        ({"final_lr": 2.0}, "final_lr"),
+        ({"dataset": "text"}, "--text"),
+        ({"text": "a.txt"}, "--dataset=text"),
+        ({"posenc": "ropes"}, "rope"),
+        ({"posenc": "rope(bass=3)"}, "base"),
+        ({"posenc": []}, "posenc"),
+    ],
+)
+def test_settings_that_do_not_fit_together(settings, said):
+    assert said in mistake(lambda: make(**settings))
+
+
+def test_length_schedule_gives_the_phases():
+    config = make(length_schedule={0.0: 32, 0.6: 64, 0.85: 128}, train_length=128, max_steps=1000)
+    assert config.phases == [(0, 32), (600, 64), (850, 128)]
+    assert make(train_length=64).phases == [(0, 64)]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {0.1: 64, 0.5: 128},  # does not begin at the start
+        {0.0: 64, 0.5: 32, 0.4: 128},  # goes back
+        {0.0: 64, 1.0: 128},  # begins at the end
+        {0.0: 64, 1.5: 128},
+        {-0.5: 64, 0.0: 128},
+        {0.0: 0, 0.5: 128},
+        {0.0: -64, 0.5: 128},
+        {0.0: 64.0, 0.5: 128},
+        {0.0: "64", 0.5: 128},
+        {"0": 64, 0.5: 128},
+        {False: 64, 0.5: 128},
+        {0.0: 64, 0.5: 64},  # does not end at train_length
+        {0.0: 256, 0.5: 128},  # longer than train_length, which is what positions and windows are made for
+        {0.0: 96, 0.5: 128},  # 128 tokens are no whole number of windows of 96
+    ],
+)
+def test_length_schedule_that_cannot_be_run(schedule):
+    assert "length_schedule" in mistake(lambda: make(length_schedule=schedule, train_length=128, batch_size=6))
+
+
+# Help.
+
+
+@pytest.mark.parametrize("script", [None, *SCRIPTS])
+def test_every_field_has_a_line_of_help(script, capsys):
+    cls = importlib.import_module(script).Options if script else Config
+    with pytest.raises(SystemExit) as status:
+        configs.flags(["--help"], cls)
+    usage, _, *lines = capsys.readouterr().out.splitlines()
+    assert status.value.code == 0 and usage.startswith("usage: ")
+    for field, line in zip(dataclasses.fields(cls), lines, strict=True):
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        start = f"--{field.name}={value!r} "
+        assert line.strip().startswith(start)
+        assert line.strip().removeprefix(start).split("[")[0].strip(), line
+
+
+def test_help_lists_the_choices():
+    line = next(line for line in configs.help_text(Config).splitlines() if "--schedule=" in line)
+    assert "wsd" in line and "cosine" in line
+
+
+# The files that come with the repository.
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_file_makes_a_config(file):
+    settings = configs.parse([str(file)])[1]
+    config = configs.make(Config, settings)
+    assert settings and all(getattr(config, key) == value for key, value in settings.items())
+
+
+def test_encodings_compose_with_all_other_shipped_files():
+    """What (a file that sets posenc alone) and how big (all others)."""
+    settings = {file: configs.parse([str(file)])[1] for file in FILES}
+    encodings = [file for file in FILES if settings[file].keys() == {"posenc"}]
+    others = [file for file in FILES if "posenc" not in settings[file]]
+    assert {"rope", "alibi", "learned", "none", "t5", "sinusoidal"} <= {file.stem for file in encodings}
+    for what in encodings:
+        for big in others:
+            one, other = (configs.make(Config, configs.parse(map(str, pair))[1]) for pair in ((what, big), (big, what)))
+            assert one == other and one.posenc == settings[what]["posenc"]
+            assert json.loads(json.dumps(dataclasses.asdict(one)))  # plain values, as config.json wants them
+
+
+# For real.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["mine.py"], r"train\.py: mine\.py, line 2: unknown key 'n_layers'; did you mean 'n_layer'\?"),
+        (["configs/ropes.py"], r"train\.py: .*'configs/rope\.py'\?"),
+        (["--n_layer=four"], r"train\.py: --n_layer: n_layer is 'four'; expected int.*"),
+        (["--dataset=text", "--text=missing.txt"], r"train\.py: .*missing\.txt"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(run_script, tmp_path, arguments, said):
+    (tmp_path / "mine.py").write_text("n_head = 2\nn_layers = 2\n")
+    done = run_script("train.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(said + "\n", done.stderr)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.py"]

@@ -1,0 +1,552 @@
+"""Token files and batches: what is trained on is the text, each window once an epoch; damage does not go unnoticed."""
+
+import errno
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from configs import Config
+from data import python, shakespeare, text, tokenizer
+from errors import UserError
+
+ROOT = Path(data.__file__).parent.parent
+END = 256  # the end-of-text token of the bytes
+
+
+def config_of(folder, source=None, **settings):
+    settings = {"train_length": 8, "n_layer": 1, "posenc": "none", "data_dir": str(folder / "data")} | settings
+    return Config(dataset="text", text=str(source), **settings) if source else Config(**settings)
+
+
+def open_dataset(config):
+    return data.open_dataset(config, tokenizer.load(config.tokenizer))
+
+
+def mistake(config):
+    with pytest.raises(UserError) as error:
+        open_dataset(config)
+    return str(error.value)
+
+
+def files_below(folder):
+    return sorted(file for file in Path(folder).rglob("*") if file.is_file())
+
+
+def texts(dataset, split):
+    """The documents of a split, as bytes; each must end with the end-of-text token, and hold no other."""
+    ids, borders = getattr(dataset, split), dataset.documents(split)
+    assert borders[0] == 0 and borders[-1] == len(ids)
+    documents = [ids[begin:end].tolist() for begin, end in pairwise(borders)]
+    assert all(document[-1] == END and END not in document[:-1] and document[:-1] for document in documents)
+    return [bytes(document[:-1]) for document in documents]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"".join(b"line %d\n" % n for n in range(100)))
+    return file
+
+
+@pytest.fixture
+def dataset(tmp_path, corpus):
+    return open_dataset(config_of(tmp_path, corpus))
+
+
+# Batches. With the position itself as the token, a window shows where it was taken.
+
+
+def starts(total, length, count, steps, key=(1337, 0), dtype=np.uint16):
+    """Where the windows of some steps begin, (steps * count,); each is checked to be whole and in one piece."""
+    tokens = np.arange(total).astype(dtype)
+    found = []
+    for step in steps:
+        inputs, targets = data.batch(tokens, length, count, key, step)
+        assert inputs.shape == targets.shape == (count, length) and inputs.dtype == targets.dtype == np.int64
+        assert (inputs == inputs[:, :1] + np.arange(length)).all() and (targets == inputs + 1).all()
+        found += inputs[:, 0].tolist()
+    return found
+
+
+@pytest.mark.parametrize(("total", "length", "count"), [(103, 10, 3), (1000, 7, 8), (50, 16, 5), (33, 16, 4)])
+def test_an_epoch_has_every_window_exactly_once(total, length, count):
+    size = (total - length) // length  # windows side by side, wherever below `length` the first one begins
+    drawn = starts(total, length, count, range(4 * size))
+    for epoch in range(4 * count):
+        places = sorted(drawn[epoch * size : (epoch + 1) * size])
+        assert [b - a for a, b in pairwise(places)] == [length] * (size - 1)  # side by side: none twice, no gap
+        assert places[0] < length and total - places[-1] <= 3 * length  # and from one end of the text to the other
+
+
+def test_windows_fit_into_every_text_that_is_long_enough():
+    for length in (1, 2, 5):
+        for total in range(length + 1, 6 * length + 2):
+            starts(total, length, 2, range(10))
+
+
+def test_order_and_offset_differ_from_epoch_to_epoch():
+    drawn = starts(1010, 10, 100, range(10))
+    epochs = [tuple(drawn[i : i + 100]) for i in range(0, 1000, 100)]
+    assert len({tuple(np.argsort(epoch)) for epoch in epochs}) == 10
+    assert len({start % 10 for start in drawn}) > 2
+    assert all(sorted(epoch) != list(epoch) for epoch in epochs)
+
+
+def test_a_batch_depends_on_nothing_but_its_arguments():
+    expected = {step: starts(500, 10, 4, [step]) for step in range(40)}
+    data.epoch_order.cache_clear()
+    for step in np.random.default_rng(0).permutation(40):
+        starts(300, 10, 3, [step], key=(1, 2))  # other calls in between
+        assert starts(500, 10, 4, [int(step)], dtype=np.uint32) == expected[step]
+
+
+def test_seed_and_phase_decide_the_order():
+    keys = [(1337, 0), (1338, 0), (1337, 1), (0, 1337)]
+    assert len({tuple(starts(1000, 10, 90, range(1), key)) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
+def test_the_parts_of_the_processes_make_up_the_whole_batch(world):
+    tokens = np.arange(400, dtype=np.uint16)
+    for step in range(8):  # an epoch has 39 windows, so that some batches span two
+        whole = data.batch(tokens, 10, 12, (1, 0), step)
+        share = 12 // world
+        parts = [data.batch(tokens, 10, 12, (1, 0), step, slice(r * share, (r + 1) * share)) for r in range(world)]
+        for half in (0, 1):
+            assert np.array_equal(np.concatenate([part[half] for part in parts]), whole[half])
+
+
+@pytest.mark.parametrize("length", [1, 3, 16])
+def test_even_windows_are_spread_over_the_text_and_do_not_overlap(length):
+    for total in [*range(length + 1, 5 * length + 3), 997]:
+        for count in (1, 2, 7, 10**6):
+            inputs, targets = data.even_windows(np.arange(total, dtype=np.uint16), length, count)
+            assert (targets == inputs + 1).all() and (inputs == inputs[:, :1] + np.arange(length)).all()
+            first = inputs[:, 0].tolist()
+            assert len(first) == min(count, (total - 1) // length)  # as many as fit side by side
+            assert first[0] == 0 and targets.max() < total and all(b - a >= length for a, b in pairwise(first))
+            assert len(first) == 1 or first[-1] == total - 1 - length
+
+
+# Token files.
+
+
+@pytest.mark.parametrize(
+    "content", [b"a\r\nb\rc\n\n  d\t\n" * 9, "naïve 日本語 👍\ufeff\x00<|endoftext|>\n".encode() * 9]
+)
+def test_the_tokens_are_the_bytes_of_the_file(tmp_path, content):
+    file = tmp_path / "text.txt"
+    file.write_bytes(content)
+    opened = open_dataset(config_of(tmp_path, file))
+    (train,), (val,) = texts(opened, "train"), texts(opened, "val")
+    assert train + val == content
+    characters = len(content.decode())
+    assert abs(len(val.decode()) - characters / 10) <= 1
+
+
+def test_files_are_documents_and_empty_or_hidden_ones_are_none(tmp_path):
+    contents = {f"{n:02}.txt": f"document {n}\n".encode() for n in range(40)}
+    folder = tmp_path / "folder"
+    (folder / "inner" / ".git").mkdir(parents=True)
+    for name, content in contents.items():
+        (folder / ("inner" if name < "20" else "") / name).write_bytes(content)
+    (folder / "inner" / ".git" / "config").write_bytes(b"hidden folder")
+    (folder / ".hidden").write_bytes(b"hidden file")
+    (folder / "empty.txt").touch()
+    opened = open_dataset(config_of(tmp_path, folder))
+    train, val = texts(opened, "train"), texts(opened, "val")
+    # So many files are held out whole.
+    assert sorted(train + val) == sorted(contents.values()) and len(val) == 4
+
+
+def test_each_of_a_few_files_gives_its_end_to_validation(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_text(name * 200)
+    listed = config_of(tmp_path, "replaced")
+    listed.text = [str(tmp_path / name) for name in "cab"]
+    opened = open_dataset(listed)
+    assert sorted(map(len, texts(opened, "train"))) == [180] * 3
+    assert sorted({text[:1] for text in texts(opened, "val")}) == [b"a", b"b", b"c"]
+    assert sum(map(len, texts(opened, "val"))) == 60
+
+
+def test_meta_tells_what_is_in_the_folder(dataset):
+    meta = json.loads((dataset.folder / "meta.json").read_text())
+    assert sorted(file.name for file in dataset.folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert meta["tokenizer"] == "bytes" and meta["vocab_size"] == 257
+    for split in ("train", "val"):
+        raw = np.fromfile(dataset.folder / f"{split}.bin", "<u2")
+        assert meta["tokens"][split] == len(raw) and np.array_equal(raw, getattr(dataset, split))
+    assert not dataset.train.flags.writeable
+
+
+def test_checksum_changes_with_any_token_and_with_nothing_else(tmp_path, corpus, dataset):
+    content = corpus.read_bytes()
+    (tmp_path / "copy.txt").write_bytes(content)
+    (tmp_path / "other.txt").write_bytes(content.replace(b"line 99", b"line 98"))
+    copy, other = (open_dataset(config_of(tmp_path, tmp_path / f"{name}.txt")) for name in ("copy", "other"))
+    assert copy.meta["data_checksum"] == dataset.meta["data_checksum"] != other.meta["data_checksum"]
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(1 << 16, "<u2"), ((1 << 16) + 1, "<u4")])
+def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, corpus, vocabulary, dtype):
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for number in range(vocabulary - 257):
+        ranks[b"\xff" + number.to_bytes(2, "big")] = len(ranks)
+    encoding = tokenizer.make("wide", r"(?s:.)", ranks)
+    config = config_of(tmp_path, corpus)
+    for _ in range(2):  # prepared, then opened again
+        opened = data.open_dataset(config, encoding)
+        assert opened.train.dtype == dtype and opened.train[-1] == opened.val[-1] == vocabulary - 1
+        assert bytes(opened.train[:-1].tolist()) + bytes(opened.val[:-1].tolist()) == corpus.read_bytes()
+
+
+def test_opening_again_does_not_prepare_again(tmp_path, corpus, dataset, monkeypatch):
+    before = [(file, file.stat().st_ino, file.stat().st_mtime_ns) for file in files_below(tmp_path)]
+    monkeypatch.setattr(text, "documents", lambda config: pytest.fail("read the text again"))
+    again = open_dataset(config_of(tmp_path, corpus))
+    assert np.array_equal(again.train, dataset.train) and again.meta == dataset.meta
+    assert [(file, file.stat().st_ino, file.stat().st_mtime_ns) for file in files_below(tmp_path)] == before
+
+
+@pytest.mark.parametrize("change", ["longer", "same length"])
+def test_another_text_gets_another_folder(tmp_path, corpus, dataset, change):
+    before, tokens = {file: file.read_bytes() for file in files_below(dataset.folder)}, dataset.train.tolist()
+    content, changed = corpus.read_bytes(), corpus.stat().st_mtime_ns + 10**9
+    corpus.write_bytes(b"more\n" + content if change == "longer" else content.replace(b"line 7", b"LINE 7"))
+    os.utime(corpus, ns=(changed, changed))
+    new = open_dataset(config_of(tmp_path, corpus))
+    assert new.folder != dataset.folder and b"".join(texts(new, "train") + texts(new, "val")) == corpus.read_bytes()
+    assert {file: file.read_bytes() for file in files_below(dataset.folder)} == before
+    assert dataset.train.tolist() == tokens
+
+
+def test_every_tokenizer_gets_its_own_folder(tmp_path, corpus, dataset):
+    other = open_dataset(config_of(tmp_path, corpus, tokenizer="bpe"))
+    assert other.folder != dataset.folder and other.meta["vocab_size"] == 4096
+    decoded = [tokenizer.load("bpe").decode_bytes(getattr(other, split)[:-1].tolist()) for split in ("train", "val")]
+    assert b"".join(decoded) == corpus.read_bytes()
+
+
+# Damage.
+
+
+def change_meta(folder, **changes):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
+def put_id(file, index, value):
+    ids = np.fromfile(file, "<u2")
+    ids[index] = value
+    ids.tofile(file)
+
+
+DAMAGE = {
+    "cut by a byte": lambda folder: os.truncate(folder / "train.bin", os.path.getsize(folder / "train.bin") - 1),
+    "cut by a token": lambda folder: os.truncate(folder / "val.bin", os.path.getsize(folder / "val.bin") - 2),
+    "cut to nothing": lambda folder: os.truncate(folder / "train.bin", 0),
+    "longer": lambda folder: (folder / "val.bin").open("ab").write(b"\0\0"),
+    "missing": lambda folder: (folder / "val.bin").unlink(),
+    "id beyond the vocabulary": lambda folder: put_id(folder / "train.bin", 5, 257),
+    "id far beyond the vocabulary": lambda folder: put_id(folder / "val.bin", -1, 65535),
+    "wider dtype": lambda folder: change_meta(folder, dtype="<u4"),
+    "other dtype": lambda folder: change_meta(folder, dtype="<f2"),
+    "signed dtype": lambda folder: change_meta(folder, dtype="<i2"),
+    "other byte order": lambda folder: change_meta(folder, dtype=">u2"),
+    "no dtype": lambda folder: change_meta(folder, dtype="tokens"),
+    "null dtype": lambda folder: change_meta(folder, dtype=None),
+    "meta cut short": lambda folder: os.truncate(folder / "meta.json", 40),
+    "meta empty": lambda folder: os.truncate(folder / "meta.json", 0),
+    "meta not UTF-8": lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe{}"),
+    "meta a list": lambda folder: (folder / "meta.json").write_text("[]"),
+    "meta an empty dict": lambda folder: (folder / "meta.json").write_text("{}"),
+    "counts missing": lambda folder: change_meta(folder, tokens={"train": 3}),
+    "counts no numbers": lambda folder: change_meta(folder, tokens={"train": "many", "val": "few"}),
+    "documents missing": lambda folder: change_meta(folder, documents=None),
+    "documents of one split missing": lambda folder: change_meta(folder, documents={"train": [0]}),
+    "documents beyond the end": lambda folder: change_meta(folder, documents={"train": [0, 10**6], "val": [0]}),
+    "documents in disorder": lambda folder: change_meta(folder, documents={"train": [0, 9, 5], "val": [0]}),
+    "checksum missing": lambda folder: change_meta(folder, data_checksum=None),
+    "other tokenizer": lambda folder: change_meta(folder, tokenizer_fingerprint="0123456789abcdef"),
+    "meta missing": lambda folder: (folder / "meta.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_token_files_are_named_or_made_again(tmp_path, corpus, dataset, damage):
+    good = {file: file.read_bytes() for file in files_below(dataset.folder)}
+    DAMAGE[damage](dataset.folder)
+    assert {file: file.read_bytes() for file in files_below(dataset.folder)} != good
+    said = None
+    try:
+        open_dataset(config_of(tmp_path, corpus))
+    except UserError as error:
+        said = str(error)
+    if said is not None:
+        assert str(dataset.folder) in said and "\n" not in said
+        shutil.rmtree(dataset.folder)  # as the message advises
+        open_dataset(config_of(tmp_path, corpus))
+    assert {file: file.read_bytes() for file in files_below(dataset.folder)} == good
+
+
+# Preparations that do not come to their end.
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("good text\n" * 99)
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9\n" * 99)
+    config = config_of(tmp_path, "replaced")
+    config.text = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    said = mistake(config)
+    assert str(tmp_path / "b.txt") in said and "UTF-8" in said and "\n" not in said
+    assert list((tmp_path / "data" / "tokens").iterdir()) == []
+    (tmp_path / "b.txt").write_text("mended\n" * 99)
+    opened = open_dataset(config)
+    assert sum(map(len, texts(opened, "train") + texts(opened, "val"))) == 99 * (10 + 7)
+
+
+def test_a_killed_preparation_is_not_taken_for_a_whole_one(tmp_path, corpus):
+    code = """
+import os, signal, sys
+from types import SimpleNamespace
+import data
+from data import text, tokenizer
+
+def documents(config):
+    yield "train", "half a text " * 10000
+    yield "val", "half a text " * 10000
+    os.kill(os.getpid(), signal.SIGKILL)
+
+text.documents = documents
+config = SimpleNamespace(dataset="text", text=sys.argv[1], tokenizer="bytes", data_dir=sys.argv[2], phases=[(0, 8)])
+data.open_dataset(config, tokenizer.load("bytes"))
+"""
+    command = [sys.executable, "-c", code, str(corpus), str(tmp_path / "data")]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -9
+    assert len(files_below(tmp_path / "data")) == 2  # it was killed between its first token and its last
+    opened = open_dataset(config_of(tmp_path, corpus))
+    assert b"".join(texts(opened, "train") + texts(opened, "val")) == corpus.read_bytes()
+
+
+def test_two_processes_that_prepare_at_once_agree(tmp_path, corpus, monkeypatch):
+    config, documents = config_of(tmp_path, corpus), text.documents
+
+    def slow(config):
+        monkeypatch.setattr(text, "documents", documents)
+        faster.append(open_dataset(config))
+        yield from documents(config)
+
+    faster, machines = [], iter(["slow", "fast"])
+    monkeypatch.setattr(data.platform, "node", lambda: next(machines))
+    monkeypatch.setattr(text, "documents", slow)
+    opened = open_dataset(config)
+    assert opened.folder == faster[0].folder and np.array_equal(opened.train, faster[0].train)
+    assert [file.name for file in opened.folder.parent.iterdir()] == [opened.folder.name]
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path, corpus, monkeypatch):
+    def documents(config):
+        yield "train", "some text " * 99
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(text, "documents", documents)
+    assert "No space left" in mistake(config_of(tmp_path, corpus))
+    assert files_below(tmp_path / "data") == []
+
+
+def test_a_data_dir_that_is_a_file_is_named(tmp_path, corpus):
+    assert str(corpus) in mistake(config_of(tmp_path, corpus, data_dir=str(corpus)))
+
+
+# dataset = "text"
+
+
+def test_missing_text_is_named(tmp_path):
+    assert str(tmp_path / "missing.txt") in mistake(config_of(tmp_path, tmp_path / "missing.txt"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_text_of_nothing_but_empty_files_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert str(tmp_path / "folder") in mistake(config_of(tmp_path, tmp_path / "folder"))
+    (tmp_path / "folder" / "empty.txt").touch()
+    assert str(tmp_path / "folder") in mistake(config_of(tmp_path, tmp_path / "folder"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_text_must_be_longer_than_a_window(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("x" * 100)  # 10 go to validation; with the end of text 11 tokens, for inputs and one target more
+    assert open_dataset(config_of(tmp_path, file, train_length=10)).val.tolist() == [120] * 10 + [256]
+    said = mistake(config_of(tmp_path, file, train_length=11))
+    assert str(file) in said and "train_length" in said and "val" in said
+    schedule = {0.0: 5, 0.5: 10}
+    open_dataset(config_of(tmp_path, file, train_length=10, length_schedule=schedule))
+
+
+# dataset = "python"
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A standard library of 300 modules, and what must not be learned from."""
+    folder = tmp_path / "library"
+    for n in range(300):
+        file = folder / ("email" if n % 3 else "") / f"module_{n}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"x = {n}\n")
+    for name in ("site-packages", "test", "email/tests", "encodings", "idlelib/idle_test", "lib2to3/tests/data"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "left_out.py").write_text("left_out = True\n")
+    (folder / "empty.py").touch()
+    (folder / "notes.txt").write_text("left_out\n")
+    monkeypatch.setattr(python.sysconfig, "get_paths", lambda: {"stdlib": str(folder)})
+    return folder
+
+
+def test_python_splits_by_file(tmp_path, library):
+    opened = open_dataset(config_of(tmp_path, train_length=8))
+    train, val = texts(opened, "train"), texts(opened, "val")
+    assert sorted(train + val) == sorted(f"x = {n}\n".encode() for n in range(300))
+    assert not set(train) & set(val) and 10 <= len(val) <= 60
+
+
+def test_a_module_stays_in_its_split_when_others_come_and_go(library):
+    before = {content: split for split, content in python.documents(None)}
+    for n in range(0, 300, 2):
+        next(library.rglob(f"module_{n}.py")).unlink()
+    (library / "new.py").write_text("new = True\n")
+    after = {content: split for split, content in python.documents(None)}
+    assert len(after) == 151 and all(before.get(content, split) == split for content, split in after.items())
+
+
+def test_python_without_its_source_names_the_way_out(tmp_path, library):
+    shutil.rmtree(library)
+    library.mkdir()
+    said = mistake(config_of(tmp_path))
+    assert str(library) in said and "--dataset=shakespeare" in said and "--text" in said
+
+
+def test_the_real_standard_library_is_long_and_a_tenth_of_it_is_held_out():
+    sizes = {"train": 0, "val": 0}
+    for split, content in python.documents(None):
+        sizes[split] += len(content)
+    assert sum(sizes.values()) > 5e6 and 0.05 < sizes["val"] / sum(sizes.values()) < 0.2
+
+
+# dataset = "shakespeare"
+
+PLAY = b"First Citizen:\r\nBefore we proceed any further, hear me speak.\n" * 20
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `server.answer`: (status, body), announced as `announced` bytes."""
+
+    def do_GET(self):
+        self.server.asked += 1
+        status, body, announced = self.server.answer
+        if status is None:
+            self.wfile.write(body)  # no HTTP at all
+            return
+        self.send_response(status)
+        self.send_header("Content-Length", str(announced))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A local server in place of the real one, for a play of our own."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.answer, server.asked = (200, PLAY, len(PLAY)), 0
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setattr(shakespeare, "URL", f"http://127.0.0.1:{server.server_port}/play.txt")
+        monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(PLAY).hexdigest())
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def play_config(folder):
+    return config_of(folder, dataset="shakespeare")
+
+
+def place(folder):
+    """Where the message of a failed download says that the file belongs."""
+    return folder / "data" / "raw" / "tinyshakespeare.txt"
+
+
+def test_shakespeare_is_downloaded_once_and_split_as_nanogpt_does(tmp_path, server):
+    for _ in range(2):
+        opened = open_dataset(play_config(tmp_path))
+        (train,), (val,) = texts(opened, "train"), texts(opened, "val")
+        assert train + val == PLAY and len(train) == int(len(PLAY) * 0.9)
+    assert server.asked == 1 and files_below(tmp_path / "data" / "raw") == [place(tmp_path)]
+    assert place(tmp_path).read_bytes() == PLAY
+
+
+def test_shakespeare_placed_by_hand_is_used(tmp_path, server):
+    place(tmp_path).parent.mkdir(parents=True)
+    place(tmp_path).write_bytes(PLAY)
+    assert b"".join(texts(open_dataset(play_config(tmp_path)), "train")) == PLAY[: int(len(PLAY) * 0.9)]
+    assert server.asked == 0
+
+
+def test_another_file_placed_by_hand_is_refused_and_kept(tmp_path, server):
+    place(tmp_path).parent.mkdir(parents=True)
+    place(tmp_path).write_bytes(PLAY[:-1])
+    said = mistake(play_config(tmp_path))
+    assert str(place(tmp_path)) in said and "SHA-256" in said
+    assert place(tmp_path).read_bytes() == PLAY[:-1] and server.asked == 0
+    assert files_below(tmp_path / "data") == [place(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, PLAY.replace(b"hear", b"mark"), len(PLAY)),
+        (200, PLAY[: len(PLAY) // 2], len(PLAY)),
+        (200, b"", 0),
+        (200, b"<html>log in first</html>", 25),
+        (404, b"not found", 9),
+        (503, b"", 0),
+        (None, b"no HTTP at all\r\n\r\n", None),
+    ],
+    ids=["wrong bytes", "cut short", "empty", "login page", "not found", "unavailable", "no HTTP"],
+)
+def test_a_failed_download_leaves_no_file_and_says_where_to_place_it(tmp_path, server, answer):
+    server.answer = answer
+    said = mistake(play_config(tmp_path))
+    assert files_below(tmp_path) == []
+    assert str(place(tmp_path)) in said and shakespeare.URL in said and "\n" not in said
+    server.answer = (200, PLAY, len(PLAY))
+    open_dataset(play_config(tmp_path))  # later it works
+
+
+def test_no_network_leaves_no_file_and_says_where_to_place_it(tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(shakespeare, "URL", f"http://127.0.0.1:{port}/play.txt")
+    said = mistake(play_config(tmp_path))
+    assert str(place(tmp_path)) in said and shakespeare.URL in said and "refused" in said
+    assert files_below(tmp_path) == []

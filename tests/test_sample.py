@@ -1,0 +1,137 @@
+"""Text past the training length: what is printed, what is refused, and the scores under it."""
+
+import os
+import re
+
+import pytest
+import torch
+
+import runs
+import sample
+from data import tokenizer
+from model import GPT, GPTConfig
+
+T = 16  # of the run that `trained` makes
+
+
+def test_streams_past_the_training_length_marks_it_and_scores_blocks(trained, run_script):
+    done = run_script("sample.py", trained, "--prompt=line 7 says ", "--tokens=128")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("line 7 says ")
+    assert done.stdout.count(f"[--- {T} tokens: the training length ends here ---]") == 1
+    assert "\x1b" not in done.stdout  # no terminal, no escape codes
+    assert re.search(r"128 tokens in [\d.]+ s, \d+ tokens/s", done.stdout)
+    rows = re.findall(r"^ +(\d+) - (\d+) +([\d.]+) +([\d.]+)%$", done.stdout, re.MULTILINE)
+    assert [(int(a), int(b)) for a, b, _, _ in rows][:3] == [(12, 15), (16, 31), (32, 47)]
+    assert int(rows[-1][1]) == 12 + 128 - 1
+    assert all(0 < float(loss) < 10 and 0 <= float(share) <= 100 for _, _, loss, share in rows)
+
+
+def test_the_same_seed_gives_the_same_text_and_samples_differ(trained, run_script):
+    lines = ["sample.py", trained, "--prompt=line ", "--tokens=40", "--samples=2", "--top_k=20", "--top_p=0.95"]
+    texts = [run_script(*lines, f"--seed={seed}").stdout.partition(" tokens in ")[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    first, second = texts[0].split("[--- sample 2 ---]")
+    assert re.sub(r"\n\[.*?\]\n", "", first).strip() != second.strip()
+
+
+@pytest.mark.parametrize("prompt", ["", "naïve 日本語 👩‍👩‍👧", "tab\tnew\nline\x00", os.fsdecode(b"\xff not UTF-8")])
+def test_any_prompt_works(trained, run_script, prompt):
+    if "\x00" in prompt:
+        pytest.skip("no operating system passes a zero byte in an argument")
+    done = run_script("sample.py", trained, f"--prompt={prompt}", "--tokens=5")
+    assert done.returncode == 0, done.stderr
+    assert "5 tokens in" in done.stdout
+
+
+def test_never_prints_half_a_character(capsys):
+    encoding, text = tokenizer.load("bytes"), "é日本👩‍👧!"
+    stream, seen = sample.Stream(encoding), ""
+    for token in encoding.encode_ordinary(text):
+        stream.write([token])
+        seen += capsys.readouterr().out
+        assert text.startswith(seen)
+    assert seen == text
+    stream.write([0xE6], final=True)  # a character that was never finished
+    assert capsys.readouterr().out == "\ufffd"
+
+
+def test_window_posenc_and_crop_reach_the_model(trained, run_script):
+    plain = run_script("sample.py", trained, "--tokens=60", "--temperature=0").stdout
+    for flags in (["--window=4", "--sinks=1"], ["--posenc=rope(base=3)"], ["--posenc=none"], ["--crop=5"]):
+        done = run_script("sample.py", trained, "--tokens=60", "--temperature=0", *flags)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout != plain
+
+
+def test_a_learned_encoding_past_its_table_names_the_choices(learned, run_script):
+    done = run_script("sample.py", learned, "--prompt=line ", "--tokens=40")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in ("crop", "clamp", "interpolate", "16 positions"))
+    for flag in (f"--crop={T}", '--posenc=learned(overflow="clamp")', '--posenc=learned(overflow="interpolate")'):
+        done = run_script("sample.py", learned, "--prompt=line ", "--tokens=40", flag)
+        assert done.returncode == 0, done.stderr
+    assert run_script("sample.py", learned, "--prompt=line ", f"--tokens={T - 4}").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tokns=3"], "did you mean 'tokens'"),
+        (["--tokens=x"], "expected int"),
+        (["--posenc=rope(bse=3)"], "did you mean 'base'"),
+        (["--posenc=t5"], "t5.*no weights|weights"),
+        (["--crop=99"], "--crop=16"),
+        (["--crop=4", "--window=4"], "exclude"),
+        (["--sinks=4"], "needs a --window"),
+        (["--top_p=0"], "top_p"),
+        (["--device=tpu"], "choose from auto"),
+    ],
+)
+def test_mistakes_are_one_line(trained, run_script, flags, said):
+    done = run_script("sample.py", trained, *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert re.search(said, done.stderr), done.stderr
+
+
+def test_a_missing_run_names_the_nearest(trained, run_script):
+    for argv in (["nowhere"], []):
+        done = run_script("sample.py", *argv)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+
+
+def test_end_of_text_is_drawn_with_stop_alone(trained, run_script, tmp_path):
+    """A head of zeros makes every token as likely as any other."""
+    state = runs.load(trained)
+    state["model"]["head.weight"].zero_()
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / "ckpt.pt")
+    go_on = run_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1")
+    assert "1500 tokens in" in go_on.stdout
+    stop = run_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1", "--stop")
+    assert int(re.search(r"(\d+) tokens in", stop.stdout)[1]) < 1500
+
+
+def test_score_is_the_loss_under_the_last_half_to_whole_training_length():
+    model = GPT(GPTConfig(vocab_size=50, n_layer=2, n_embd=32, train_length=8, zero_init=False)).double().eval()
+    for length in (2, 5, 9, 10, 13, 14, 40):
+        ids = torch.randint(50, (2, length))
+        got = sample.score(model, ids, 8)
+        assert got.shape == (2, length - 1)
+        for target in range(1, length):
+            end = target if target <= 8 else min(length - 1, 8 + -(-(target - 8) // 4) * 4)
+            start = max(0, end - 8) if target > 8 else 0
+            assert target <= 8 or 4 < target - start <= 8
+            log_p = model(ids[:, start:target])[:, -1].log_softmax(-1)
+            for row in range(2):
+                assert got[row, target - 1].item() == pytest.approx(-log_p[row, ids[row, target]].item(), rel=1e-6)
+
+
+def test_repeated_counts_four_grams_that_stood_before():
+    assert sample.repeated(list(range(50))) == 0
+    assert sample.repeated([1, 2, 3, 4] * 5) == 1 - 4 / 17
+    assert sample.repeated([1, 2]) == 0

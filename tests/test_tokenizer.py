@@ -1,0 +1,181 @@
+"""Tokenizers: bytes are the identity, fingerprints tell vocabularies apart, and what is missing says how to get it."""
+
+import os
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiktoken
+
+from data import bpe, tokenizer
+from errors import UserError
+
+ROOT = Path(bpe.__file__).parent.parent
+TEXTS = {
+    "empty": "",
+    "ascii": string.printable,
+    "line ends": "a\r\nb\rc\n\n\x0b\x0c\x1c\x85\u2028",
+    "marks": "e\u0301 👩‍👩‍👧 🇨🇭 न‍मस्ते\ufeff\ufffe\x00",
+    "looks special": "<|endoftext|> <|fim_prefix|> <|endoftext|><|endoftext|>",
+    "long": "naïve café – 日本語 " * 500,
+}
+
+
+def encoding_of(*tokens, special=None):
+    """An Encoding of the 256 bytes and these tokens."""
+    ranks = {token: rank for rank, token in enumerate([*(bytes([b]) for b in range(256)), *tokens])}
+    special = {"<|endoftext|>": len(ranks)} if special is None else special
+    return tiktoken.Encoding("test", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens=special)
+
+
+def mistake(name):
+    with pytest.raises(UserError) as error:
+        tokenizer.load(name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+    return str(error.value)
+
+
+# bytes
+
+
+def test_bytes_is_the_identity_on_utf8():
+    encoding = tokenizer.load("bytes")
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    for text in (*TEXTS.values(), everything):
+        ids = encoding.encode_ordinary(text)
+        assert ids == list(text.encode()) and encoding.decode_bytes(ids) == text.encode()
+
+
+def test_bytes_has_one_more_token_that_ends_a_text():
+    encoding = tokenizer.load("bytes")
+    assert encoding.n_vocab == 257
+    assert encoding.encode_single_token("<|endoftext|>") == encoding.eot_token == 256
+
+
+# All tokenizers.
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_encoding_loses_nothing_and_byte_lengths_say_how_much_it_is(name, text):
+    encoding = tokenizer.load(name)
+    ids = encoding.encode_ordinary(TEXTS[text])
+    assert encoding.decode(ids) == TEXTS[text]
+    lengths = tokenizer.byte_lengths(encoding)
+    assert lengths.shape == (encoding.n_vocab,) and lengths.dtype == "int64"
+    assert lengths[ids].sum() == len(TEXTS[text].encode())
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_end_of_text_is_one_id_that_no_text_gives_and_that_is_no_bytes_long(name):
+    encoding = tokenizer.load(name)
+    end = encoding.encode_single_token("<|endoftext|>")
+    assert end == encoding.n_vocab - 1 and tokenizer.byte_lengths(encoding)[end] == 0
+    assert end not in encoding.encode_ordinary(TEXTS["looks special"])
+
+
+def test_ids_that_a_vocabulary_leaves_out_are_no_bytes_long():
+    encoding = encoding_of(b"ab", special={"<|endoftext|>": 260, "<|other|>": 258})
+    assert tokenizer.token_bytes(encoding) == [*(bytes([b]) for b in range(256)), b"ab", *[b""] * 4]
+    assert tokenizer.byte_lengths(encoding).tolist() == [1] * 256 + [2, 0, 0, 0, 0]
+
+
+def test_bpe_is_the_shipped_vocabulary():
+    encoding = tokenizer.load("bpe")
+    assert encoding.n_vocab == 4096
+    assert len(encoding.encode_ordinary("    def __init__(self):\n        return self\n")) < 15
+    again = tokenizer.load(str(ROOT / "data" / "python4096.tiktoken"))
+    assert tokenizer.fingerprint(again) == tokenizer.fingerprint(encoding)
+
+
+def test_a_file_is_a_tokenizer(tmp_path):
+    path = tmp_path / "my.tiktoken"
+    bpe.save({bytes([b]): b for b in range(256)} | {b"lo": 256, b"low": 257}, path)
+    encoding = tokenizer.load(str(path))
+    assert encoding.encode_ordinary("lowlot,low") == [257, 256, *b"t,", 257]
+    assert encoding.encode_single_token("<|endoftext|>") == 258 == encoding.n_vocab - 1
+
+
+# Fingerprints.
+
+
+def test_fingerprints_differ_when_any_id_stands_for_other_bytes():
+    encodings = [
+        tokenizer.load("bytes"),
+        tokenizer.load("bpe"),
+        encoding_of(b"ab"),
+        encoding_of(b"ac"),
+        encoding_of(b"ab", b"ac"),
+        encoding_of(b"ac", b"ab"),
+        encoding_of(b"ab", b"cde"),  # the same bytes in a row as the next
+        encoding_of(b"abc", b"de"),
+        encoding_of(b"ab", special={"<|endoftext|>": 259}),
+    ]
+    assert len({tokenizer.fingerprint(encoding) for encoding in encodings}) == len(encodings)
+
+
+def test_fingerprint_is_of_the_vocabulary_not_of_the_name():
+    other = tiktoken.Encoding(
+        "other", pat_str=r"(?s:.)", mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={"<|end|>": 256}
+    )
+    assert tokenizer.fingerprint(other) == tokenizer.fingerprint(tokenizer.load("bytes"))
+
+
+def test_fingerprint_is_the_same_in_every_process():
+    code = "from data import tokenizer; print(*[tokenizer.fingerprint(tokenizer.load(n)) for n in ('bytes', 'bpe')])"
+    expected = [tokenizer.fingerprint(tokenizer.load(name)) for name in ("bytes", "bpe")]
+    for seed in ("0", "1"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+        assert out.stdout.decode().split() == expected
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize("name", ["gpt2", "o200k_base"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Max retries exceeded\nwith url: /encodings/r50k_base.bpe"),
+        TimeoutError(),
+        ValueError("Hash mismatch for data downloaded"),
+        RuntimeError("x" * 10000),
+        PermissionError(13, "Permission denied", "cache"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_vocabulary_that_cannot_be_downloaded_says_what_to_do(monkeypatch, name, error):
+    def get_encoding(_):
+        raise error
+
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    said = mistake(name)
+    assert name in said and "TIKTOKEN_CACHE_DIR" in said and "--tokenizer=bpe" in said and type(error).__name__ in said
+
+
+def test_our_own_tokenizers_need_no_network(monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: pytest.fail("asked tiktoken for a download"))
+    assert [tokenizer.load(name).n_vocab for name in ("bytes", "bpe")] == [257, 4096]
+
+
+@pytest.mark.parametrize("name", ["gtp2", "byte", "", "my_vocabulary.txt", "bytes "])
+def test_unknown_name_lists_the_known_ones(monkeypatch, name):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: pytest.fail("asked tiktoken for a download"))
+    said = mistake(name)
+    assert f"'{name}'" in said and all(known in said for known in ("bytes", "bpe", "gpt2", ".tiktoken"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a vocabulary\n", b"\x00\xff\n", b"YQ== 0\n", b"YQ== 0\nYQ== 1\n"])
+def test_a_malformed_file_is_named(tmp_path, content):
+    path = tmp_path / "bad.tiktoken"
+    path.write_bytes(content)
+    assert str(path) in mistake(str(path))
+
+
+def test_a_missing_file_or_a_folder_is_named(tmp_path):
+    assert str(tmp_path / "missing.tiktoken") in mistake(str(tmp_path / "missing.tiktoken"))
+    (tmp_path / "folder.tiktoken").mkdir()
+    assert str(tmp_path / "folder.tiktoken") in mistake(str(tmp_path / "folder.tiktoken"))
