@@ -7,9 +7,10 @@ Encodings take turns, round after round, and each figure is the median of its ro
 run hold. Memory is the peak of a process of its own.
 """
 
+import before_torch  # noqa: F401  # isort: skip
+
 import dataclasses
 import multiprocessing
-import resource
 import statistics
 import time
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def median_times(functions, rounds):
 
 def peak_memory(config, queue):
     """In a process of its own: MiB at the peak of three training steps."""
+    import resource  # Windows has none
+
     device = devices.choose(config.device, config.dtype)
     step, _ = training_step(config, device)
     for _ in range(3):

@@ -89,9 +89,14 @@ def choose(device="auto", dtype="auto", inference=False):
 def best_dtype(device, inference):
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and not inference and torch.cpu._is_avx512_bf16_supported():
+    if device.type == "cpu" and not inference and cpu_has_bfloat16():
         return torch.bfloat16
     return torch.float32
+
+
+def cpu_has_bfloat16():
+    """Whether products in bfloat16 are faster than in float32: torch has no public name for it."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def describe(device):

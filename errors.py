@@ -12,6 +12,8 @@ def run(main):
     """Call main(argv) of a script and turn a UserError, or what the file system refuses, into one line."""
     try:
         sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail again
         sys.exit(0)

@@ -7,6 +7,8 @@ that end there, for L from T/2 to 8 T. So every length is asked the same questio
 that falls uses the longer context, one that is flat ignores it, one that rises is broken by it.
 """
 
+import before_torch  # noqa: F401  # isort: skip
+
 import itertools
 import math
 from dataclasses import dataclass

@@ -48,7 +48,8 @@ class GPTConfig:
         require(self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         require(self.n_head % self.kv_heads == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head")
         require(0 <= self.dropout < 1, f"dropout must lie in 0 ... 1, not {self.dropout}")
-        posenc.build(self.posenc, self.n_layer, **self.sizes)  # raises ValueError for what cannot be built
+        cycle = 1 if isinstance(self.posenc, str) else len(self.posenc)
+        posenc.build(self.posenc, cycle, **self.sizes)  # raises ValueError for what cannot be built
 
     @property
     def kv_heads(self):

@@ -7,6 +7,8 @@ tokens with at most T tokens of context, which every encoding was trained for: t
 rises, or as 4-grams that repeat.
 """
 
+import before_torch  # noqa: F401  # isort: skip
+
 import codecs
 import sys
 import time

@@ -7,11 +7,10 @@
 The same command again goes on where the run stopped. `--help` lists every setting.
 """
 
-import time
-
-START = time.perf_counter()  # before the imports: "seconds" in metrics.jsonl count what a user waits
+import before_torch  # isort: skip
 
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -150,7 +149,7 @@ def train(config, device):
                 out, name, {"model": model.state_dict(), "step": step, "config": runs.plain(config)} | known | more
             )
 
-    log, stop = runs.Log(out, device, step, config.max_steps, START), devices.Stop(device)
+    log, stop = runs.Log(out, device, step, config.max_steps, before_torch.BEGAN), devices.Stop(device)
     forward = model
     if config.compile is True or (config.compile == "auto" and device.device.type == "cuda"):
         if devices.can_compile(device.device):

@@ -69,6 +69,7 @@ class Config(GPTConfig):
         for key in ("warmup", "decay", "final_lr"):
             require(0 <= getattr(self, key) <= 1, f"{key} must lie in 0 ... 1, not {getattr(self, key)}")
         require(self.warmup + self.decay <= 1, "warmup and decay must not exceed 1 together")
+        require(isinstance(self.text, str) or all(isinstance(path, str) for path in self.text), "text must list paths")
         require(bool(self.text) == (self.dataset == "text"), "--text=PATH and --dataset=text go together")
         if self.length_schedule:
             starts, lengths = list(self.length_schedule), list(self.length_schedule.values())
@@ -88,30 +89,52 @@ class Config(GPTConfig):
         ]
 
 
-def literal(node):
-    """The value of a literal expression; ValueError for anything else."""
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = literal(node.left), literal(node.right)
-        if type(left) in (int, float) and type(right) in (int, float):
-            if isinstance(node.op, ast.Pow) and abs(right) > 64:
-                raise ValueError("exponents go to 64")
-            try:
-                return OPERATORS[type(node.op)](left, right)
-            except ArithmeticError as error:
-                raise ValueError(str(error)) from None
-    if isinstance(node, ast.List | ast.Tuple):
-        return [literal(item) for item in node.elts]
-    if isinstance(node, ast.Dict) and all(node.keys):
-        return {literal(key): literal(value) for key, value in zip(node.keys, node.values, strict=True)}
-    if isinstance(node, ast.Name) and node.id in ("true", "false"):
-        return node.id == "true"
+def parse_literal(text):
+    """The value of a literal expression, which is never evaluated; ValueError for anything else."""
     try:
-        return ast.literal_eval(node)
-    except ValueError:
-        raise ValueError("not a literal (a number, text in quotes, True, a list, a dict)") from None
+        return literal(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError):  # the last two for thousands of nested signs
+        raise ValueError("not a literal") from None
+
+
+def literal(node):
+    match node:
+        case ast.Constant():
+            value = node.value
+        case ast.Name(id="true" | "false"):
+            value = node.id == "true"
+        case ast.List() | ast.Tuple():
+            value = [literal(item) for item in node.elts]
+        case ast.Dict():
+            value = [(literal(key), literal(item)) for key, item in zip(node.keys, node.values, strict=True)]
+            if any(isinstance(key, list | dict) for key, _ in value):
+                raise ValueError("a list or a dict cannot be a key")
+            value = dict(value)
+        case ast.UnaryOp() if type(node.op) in OPERATORS:
+            value = arithmetic(node.op, literal(node.operand))
+        case ast.BinOp() if type(node.op) in OPERATORS:
+            value = arithmetic(node.op, literal(node.left), literal(node.right))
+        case _:
+            raise ValueError("not a literal (a number, text in quotes, True, a list, a dict)")
+    if type(value) in (int, float) and not abs(value) < 1e30:
+        raise ValueError("numbers go to 1e30")
+    return value
+
+
+def arithmetic(op, *numbers):
+    if any(type(number) not in (int, float) for number in numbers):
+        raise ValueError("arithmetic is for numbers")
+    if isinstance(op, ast.Pow) and abs(numbers[1]) > 64:
+        raise ValueError("exponents go to 64")
+    try:
+        return OPERATORS[type(op)](*numbers)
+    except ArithmeticError as error:
+        raise ValueError(str(error)) from None
 
 
 OPERATORS = {
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -130,7 +153,7 @@ def read(path, cls):
         raise UserError(f"no config file {path}; {nearest(str(path), known)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read config file {path}: {error}") from None
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{path} is not a config file: {error}") from None
     settings = {}
     for node in tree.body:
@@ -142,8 +165,8 @@ def read(path, cls):
         key = node.targets[0].id
         try:
             value = literal(node.value)
-        except ValueError as error:
-            raise UserError(f"{where}: {key} = {ast.unparse(node.value)}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: {key}: {error}") from None
         settings[key] = convert(value, key, cls, where)
     return settings
 
@@ -174,17 +197,17 @@ def convert_flag(text, key, cls, where):
     if hint is str or (str in typing.get_args(hint) and not text.lstrip().startswith(("[", "("))):
         return text
     try:
-        value = literal(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError):
+        value = parse_literal(text)
+    except ValueError:
         value = text
     return convert(value, key, cls, where)
 
 
 def field_type(key, cls, where):
-    hints = typing.get_type_hints(cls)
-    if key not in hints:
-        raise UserError(f"{where}: unknown key '{key}'; {nearest(key, hints, cutoff=0)}")
-    return hints[key]
+    known = [one.name for one in dataclasses.fields(cls)]
+    if key not in known:
+        raise UserError(f"{where}: unknown key '{key}'; {nearest(key, known, cutoff=0)}")
+    return typing.get_type_hints(cls)[key]
 
 
 def flags(argv, cls):

@@ -49,7 +49,7 @@ def open_dataset(config, encoding):
     source, fingerprint = SOURCES[config.dataset], tokenizer.fingerprint(encoding)
     key = hashlib.sha256(repr((FORMAT, source.signature(config), fingerprint)).encode()).hexdigest()[:8]
     folder = Path(config.data_dir) / "tokens" / f"{config.dataset}-{Path(config.tokenizer).stem}-{key}"
-    if not (folder / "meta.json").exists():
+    if not folder.exists():
         prepare(source, config, encoding, fingerprint, folder)
     dataset = check(folder, encoding, fingerprint)
     longest = max(length for _, length in config.phases)
@@ -111,14 +111,16 @@ def check(folder, encoding, fingerprint):
     again = f"remove the folder {folder} and it is made again"
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        missing = {"data_checksum", "documents", "dtype", "tokenizer_fingerprint", "tokens"} - meta.keys()
-        if missing:
-            raise ValueError(f"meta.json lacks {', '.join(sorted(missing))}")
-        dtype, counts = np.dtype(meta["dtype"]), meta["tokens"]
-        size = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        dtype, counts, checksum = np.dtype(meta["dtype"]), meta["tokens"], meta["data_checksum"]
+        known, size = meta["tokenizer_fingerprint"], {}
+        for split in SPLITS:
+            size[split] = (folder / f"{split}.bin").stat().st_size
+            borders = np.array([*meta["documents"][split], counts[split]])
+            if not isinstance(checksum, str) or borders[0] != 0 or (np.diff(borders) <= 0).any():
+                raise ValueError("meta.json contradicts itself")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({error}); {again}") from None
-    if meta["tokenizer_fingerprint"] != fingerprint:
+    if known != fingerprint:
         raise UserError(f"{folder} holds the tokens of another tokenizer; {again}")
     files = {}
     for split in SPLITS:

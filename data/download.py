@@ -1,6 +1,7 @@
 """Downloads with a progress bar and a checksum; what fails says how to place the file by hand."""
 
 import hashlib
+import http.client
 import os
 import urllib.request
 from pathlib import Path
@@ -25,9 +26,9 @@ def fetch(url, path, sha256):
                 while block := response.read(1 << 16):
                     out.write(block)
                     bar.update(len(block))
-        check(part, url, sha256)
+        check(part, "what came", sha256)
         os.replace(part, path)
-    except OSError as error:  # URLError and timeouts are OSErrors
+    except (OSError, http.client.HTTPException, UserError) as error:  # URLError and timeouts are OSErrors
         raise UserError(f"cannot download {url} ({error}); get it elsewhere and place it at {path}") from None
     finally:
         part.unlink(missing_ok=True)
@@ -39,4 +40,4 @@ def check(file, name, sha256):
     with open(file, "rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256:
-        raise UserError(f"{name} is not the file expected (SHA-256 {found[:12]}..., not {sha256[:12]}...); remove it")
+        raise UserError(f"{name} is not the file expected (SHA-256 {found[:12]}..., not {sha256[:12]}...)")

@@ -7,12 +7,13 @@ a file       FILE.tiktoken, as `python -m data.bpe` writes it
 """
 
 import hashlib
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from data import bpe
 from errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -23,6 +24,8 @@ def load(name):
     """A tokenizer's name -> tiktoken.Encoding. UserError says what to type, or where to put a file."""
     if name == "bytes":
         return make(name, r"(?s:.)", {bytes([byte]): byte for byte in range(256)})
+    from data import bpe  # here, or `python -m data.bpe` would find itself imported
+
     path = SHIPPED.get(name, Path(name))
     if path.suffix == ".tiktoken":
         try:
@@ -34,12 +37,11 @@ def load(name):
         raise UserError(f"no tokenizer is called '{name}'; choose from {', '.join(known)}, or a file FILE.tiktoken")
     try:
         return tiktoken.get_encoding(name)
-    except Exception as error:  # requests' errors, OSError, or a checksum's ValueError: tiktoken passes on what it met
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(
-            f"the vocabulary of tokenizer {name} cannot be downloaded ({type(error).__name__}: {reason}); set "
-            "TIKTOKEN_CACHE_DIR to a folder with tiktoken's cached files of another machine, or use --tokenizer=bpe"
-        ) from None
+    except Exception as error:  # of requests, of the file system, of a checksum: tiktoken passes on what it met
+        url = getattr(getattr(error, "request", None), "url", None)
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir()) / "data-gym-cache")
+        place = f"get {url} elsewhere and put it at {folder}/{hashlib.sha1(url.encode()).hexdigest()}" if url else error
+        raise UserError(f"the vocabulary of tokenizer {name} cannot be had: {place}; or use --tokenizer=bpe") from None
 
 
 def make(name, pattern, ranks):

@@ -1,6 +1,7 @@
 """Tokenizers: bytes are the identity, fingerprints tell vocabularies apart, and what is missing says how to get it."""
 
 import os
+import re
 import string
 import subprocess
 import sys
@@ -33,7 +34,6 @@ def encoding_of(*tokens, special=None):
 def mistake(name):
     with pytest.raises(UserError) as error:
         tokenizer.load(name)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     return str(error.value)
 
 
@@ -135,25 +135,28 @@ def test_fingerprint_is_the_same_in_every_process():
 # Mistakes.
 
 
-@pytest.mark.parametrize("name", ["gpt2", "o200k_base"])
-@pytest.mark.parametrize(
-    "error",
-    [
-        ConnectionError("Max retries exceeded\nwith url: /encodings/r50k_base.bpe"),
-        TimeoutError(),
-        ValueError("Hash mismatch for data downloaded"),
-        RuntimeError("x" * 10000),
-        PermissionError(13, "Permission denied", "cache"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_vocabulary_that_cannot_be_downloaded_says_what_to_do(monkeypatch, name, error):
+@pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), ValueError("Hash mismatch"), OSError(13, "x")])
+def test_a_vocabulary_that_cannot_be_had_names_one_that_can(monkeypatch, error):
     def get_encoding(_):
         raise error
 
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    said = mistake(name)
-    assert name in said and "TIKTOKEN_CACHE_DIR" in said and "--tokenizer=bpe" in said and type(error).__name__ in said
+    said = mistake("gpt2")
+    assert "gpt2" in said and str(error) in said and "--tokenizer=bpe" in said
+
+
+def test_without_network_the_message_says_where_tiktoken_looks_for_the_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # as if none had been loaded before
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(key, "http://127.0.0.1:9")  # nothing listens there
+    for key in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(key, raising=False)
+    said = mistake("p50k_base")
+    url = re.search(r"https://\S+/p50k_base\.tiktoken", said)[0]
+    place = Path(re.search(rf"{re.escape(str(tmp_path))}/\w+", said)[0])
+    place.write_bytes(b"placed by hand")
+    assert tiktoken.load.read_file_cached(url) == b"placed by hand"
 
 
 def test_our_own_tokenizers_need_no_network(monkeypatch):
