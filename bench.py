@@ -9,9 +9,11 @@ run hold. Memory is the peak of a process of its own.
 
 import before_torch  # noqa: F401  # isort: skip
 
+import concurrent.futures
 import dataclasses
 import multiprocessing
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,14 +23,14 @@ from tqdm import tqdm
 
 import configs
 import device as devices
+import optimizers
 import report
 import runs
-import train
 from configs import Config
 from data import tokenizer
-from errors import run
+from errors import UserError, run
 from model import Cache, generate
-from posenc import ENCODINGS
+from posenc import ENCODINGS, nearest
 
 LONG = 16  # the long context, in training lengths
 CONTEXT = 1024  # where decoding from a cache is compared with computing the whole context anew
@@ -40,31 +42,43 @@ class Bench(Config):
 
     usage: ClassVar[str] = "python bench.py [configs/FILE.py ...] [--key=value ...]"
 
+    only: str | list = ""  # encodings to measure beside none, a name or a list; by default all
     rounds: int = 7  # times that every figure is taken
     decode_tokens: int = 16  # tokens decoded in a round
     table: str = ""  # also write the table to this Markdown file, with what made it
 
 
+def chosen(only):
+    """The encodings to measure; all are compared with none."""
+    names = [only] if isinstance(only, str) else only
+    for name in filter(None, names):
+        if name not in ENCODINGS:
+            raise UserError(f"no positional encoding is called '{name}'; {nearest(name, ENCODINGS)}")
+    return [name for name in ENCODINGS if name == "none" or name in names or not only]
+
+
 def variant(config, name, length):
-    """The config with another encoding and context, at the same number of tokens a step."""
-    rows = max(1, config.batch_size * config.train_length // length)
-    return dataclasses.replace(config, posenc=name, train_length=length, batch_size=rows, length_schedule={})
+    """The config with another encoding and context, at the same number of tokens at once."""
+    rows = max(1, (config.micro_batch_size or config.batch_size) * config.train_length // length)
+    return dataclasses.replace(
+        config, posenc=name, train_length=length, batch_size=rows, micro_batch_size=0, length_schedule={}
+    )
 
 
 def training_step(config, device):
     """A function that trains one step on random tokens, and the number of those."""
     model = runs.build(config, device.device)
-    optimizers = train.make_optimizers(model, config)
-    forward = torch.compile(model) if config.compile is True or device.device.type == "cuda" else model
+    updaters = optimizers.make(model, config, device)
+    forward, _ = devices.compiled(model, config.compile, device.device)
     tokens = torch.randint(config.vocab_size, (config.batch_size, config.train_length), device=device.device)
 
     def step():
         with device.autocast():
             loss = forward(tokens, tokens).mean()
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for updater in updaters:
+            updater.step()
+            updater.zero_grad(set_to_none=True)
         device.synchronize()
 
     return step, tokens.numel()
@@ -72,7 +86,7 @@ def training_step(config, device):
 
 def decoder(config, device, context, count):
     """A function that decodes `count` tokens after `context` ones from a cache."""
-    spec = 'learned(overflow="clamp")' if config.posenc == "learned" else config.posenc
+    spec = ENCODINGS[config.posenc].unbounded or config.posenc
     model = runs.build(dataclasses.replace(config, posenc=spec), device.device).eval()
     tokens = torch.randint(config.vocab_size, (1, context), device=device.device)
     cache = Cache()
@@ -104,8 +118,8 @@ def median_times(functions, rounds):
     return {key: statistics.median(times) for key, times in seconds.items()}
 
 
-def peak_memory(config, queue):
-    """In a process of its own: MiB at the peak of three training steps."""
+def peak_memory(config):
+    """MiB at the peak of three training steps; of the whole process, so call it in one of its own."""
     import resource  # Windows has none
 
     device = devices.choose(config.device, config.dtype)
@@ -113,19 +127,16 @@ def peak_memory(config, queue):
     for _ in range(3):
         step()
     if device.device.type == "cuda":
-        queue.put(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def in_own_process(function, *arguments):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=function, args=(*arguments, queue))
-    process.start()
-    value = queue.get()
-    process.join()
-    return value
+    """function(*arguments), called in a fresh process."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def main(argv):
@@ -134,21 +145,21 @@ def main(argv):
     config.vocab_size = config.vocab_size or tokenizer.load(config.tokenizer).n_vocab
     device = devices.choose(config.device, config.dtype)
     serving = devices.choose(config.device, config.dtype, inference=True)
-    T = config.train_length
+    T, names = config.train_length, chosen(config.only)
     lengths = (T, LONG * T)
 
-    steps = {(name, n): training_step(variant(config, name, n), device) for name in ENCODINGS for n in lengths}
+    steps = {(name, n): training_step(variant(config, name, n), device) for name in names for n in lengths}
     trained = median_times({key: step for key, (step, _) in steps.items()}, config.rounds)
     speed = {key: steps[key][1] / seconds for key, seconds in trained.items()}
     del steps
     decoders = {
         (name, n): decoder(variant(config, name, T), serving, n, config.decode_tokens)
-        for name in ENCODINGS
+        for name in names
         for n in lengths
     }
     decoded = median_times(decoders, config.rounds)
     del decoders
-    cells = [(name, n) for name in ENCODINGS for n in lengths]
+    cells = [(name, n) for name in names for n in lengths]
     memory = {
         cell: in_own_process(peak_memory, variant(config, *cell))
         for cell in tqdm(cells, "memory", disable=None, leave=False)
@@ -159,7 +170,7 @@ def main(argv):
         f"| train MiB at T | at {LONG} T |",
         "|---" * 9 + "|",
     ]
-    for name in ENCODINGS:
+    for name in names:
         row = [name]
         for n in lengths:
             row += [f"{speed[name, n]:,.0f}", f"{speed[name, n] / speed['none', n]:.2f}"]

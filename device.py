@@ -1,8 +1,11 @@
 """Where a run computes: device, precision and processes. The rest of the code asks here instead of guessing."""
 
 import contextlib
+import datetime
+import importlib.util
 import os
 import platform
+import re
 import shutil
 import signal
 from dataclasses import dataclass
@@ -47,8 +50,8 @@ class Device:
         return tuple(total.tolist())
 
     def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
 
 
 def choose(device="auto", dtype="auto", inference=False):
@@ -80,7 +83,9 @@ def choose(device="auto", dtype="auto", inference=False):
     if chosen.type == "mps" and world > 1:
         raise UserError("torchrun needs --device=cpu or cuda: MPS knows no processes")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        cuda = chosen.type == "cuda"
+        patience = datetime.timedelta(hours=3)  # while one process prepares a large corpus
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=chosen if cuda else None)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     chosen_dtype = best_dtype(chosen, inference) if dtype == "auto" else dtypes[dtype]
     return Device(chosen, chosen_dtype, rank, world, local_rank)
@@ -114,21 +119,26 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-def can_compile(device):
-    """torch.compile needs a C++ compiler on the CPU."""
-    return device.type != "cpu" or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl"))
+def compiled(model, wanted, device):
+    """(the model, compiled if that is wanted and possible; a line that says why it is not, or None).
+
+    wanted: the setting `compile`, True, False or "auto", which means on CUDA.
+    """
+    if wanted is False or (wanted == "auto" and device.type != "cuda"):
+        return model, None
+    compilers = ("CXX", "g++", "clang++", "cl") if device.type == "cpu" else ("CC", "cc", "gcc", "clang")
+    if not any(shutil.which(os.environ.get(name, name)) for name in compilers):
+        return model, "no C++ compiler here: going on without torch.compile"
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        return model, "no triton here: going on without torch.compile"
+    return torch.compile(model), None
 
 
 # Peak of dense bfloat16 products in FLOP/s, from the vendor's data sheets.
 PEAK = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
-}
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "RTX 4090": 165e12, "V100": 125e12,
+}  # fmt: skip
 
 
 def peak(device):
@@ -136,11 +146,11 @@ def peak(device):
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((value for key, value in PEAK.items() if key in name), None)
+    return next((value for key, value in PEAK.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 class Stop:
-    """SIGTERM and Ctrl-C ask the run to finish its step, save and leave; a second one ends it at once."""
+    """SIGTERM and Ctrl-C ask the run to finish its step, save and leave; a second Ctrl-C ends it at once."""
 
     def __init__(self, device):
         self.signal, self.device, self.group = 0, device, None
@@ -150,7 +160,8 @@ class Stop:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
         self.signal = number
 
     def asked(self):

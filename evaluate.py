@@ -64,7 +64,7 @@ def long_windows(dataset, length, step, count):
 
 
 @torch.inference_mode()
-def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 15, chunk=512):
+def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 14, chunk=512):
     """Loss against context -> {"train_length", "lengths", "loss", ...}, as length.json holds it.
 
     `count` windows are scored at each length that the encoding has positions for. At most `budget` tokens are computed
@@ -134,22 +134,26 @@ def main(argv):
     options = make(Options, given)
     if not paths:
         raise UserError(f"which runs? usage: {Options.usage}")
-    results = {}
+    results, seeds = {}, []
     for path in paths:
-        device = devices.choose(options.device)
-        model, config, encoding = runs.open_run(path, device.device)
-        if options.data_dir:
-            config.data_dir = options.data_dir
-        dataset = data.open_dataset(config, encoding)
-        name = Path(path).name if Path(path).is_dir() else Path(path).stem
-        results[name] = length_loss(model, dataset, device, options.targets)
+        opened = runs.open_run(path)
+        config, device = opened.config, devices.choose(options.device, opened.config.dtype)
+        config.data_dir = options.data_dir or config.data_dir
+        dataset = data.open_dataset(config, opened.encoding)
+        if dataset.meta["data_checksum"] != opened.data_checksum:
+            raise UserError(f"the corpus of {path} is not the one here ({dataset.folder}); name another --data_dir")
+        name = Path(path).name if len({Path(one).name for one in paths}) == len(paths) else path
+        results[name] = length_loss(opened.model.to(device.device), dataset, device, options.targets)
+        seeds.append(config.seed)
         if Path(path).is_dir():
-            runs.write_json(Path(path) / "length.json", results[name] | report.provenance(device.device))
+            kept = runs.read_json(Path(path) / "length.json")
+            runs.write_json(Path(path) / "length.json", kept | results[name] | report.provenance(device.device))
     lines = table(results)
     print("\n".join(lines))
     if options.table:
         command = " ".join(["python evaluate.py", *argv])
-        report.write_table(options.table, "evaluate", lines, command, device.device, targets=options.targets)
+        seed = ", ".join(map(str, sorted(set(seeds))))
+        report.write_table(options.table, "evaluate", lines, command, device.device, seed=seed)
     if options.picture:
         picture(options.picture, results)
 

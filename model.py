@@ -22,11 +22,12 @@ class GPTConfig:
 
     posenc: str | list = "rope"  # positional encoding: a name, name(argument=value), or a list cycled over the layers
     train_length: int = 128  # T, the context length in tokens that training sees
+    original_length: int = 0  # the length that positions are relative to; 0 means T, init_from sets its run's
     vocab_size: int = 0  # tokens in the vocabulary; 0 takes the tokenizer's
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
     n_kv_head: int = 0  # heads of keys and values, each serving n_head / n_kv_head query heads; 0 means n_head
-    n_embd: int = 192  # C, the width of the model
+    n_embd: int = 128  # C, the width of the model
     n_hidden: int = 0  # width of the feed-forward layer; 0 means 4 C, or 8/3 C for swiglu
     activation: Literal["relu2", "gelu", "swiglu"] = "relu2"  # of the feed-forward layer
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation before attention, feed-forward and head
@@ -43,7 +44,7 @@ class GPTConfig:
     def __post_init__(self):
         for key in ("train_length", "n_layer", "n_head", "n_embd"):
             require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
-        for key in ("vocab_size", "n_kv_head", "n_hidden", "logit_softcap"):
+        for key in ("original_length", "vocab_size", "n_kv_head", "n_hidden", "logit_softcap", "init_std"):
             require(getattr(self, key) >= 0, f"{key} must not be negative")
         require(self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         require(self.n_head % self.kv_heads == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head")
@@ -68,7 +69,7 @@ class GPTConfig:
             n_head=self.n_head,
             n_kv_head=self.kv_heads,
             head_dim=head_dim,
-            train_length=self.train_length,
+            train_length=self.original_length or self.train_length,
         )
 
 
@@ -90,12 +91,13 @@ class Cache:
         self.layers = {}  # layer -> {name: (B, H_kv, capacity, D)}
         self.pos = None  # (length,)
 
-    def advance(self, pos):
-        """Take in the positions (T,) of the tokens that the coming call appends; returns those of all keys (S,)."""
+    def advance(self, pos, end):
+        """Take in the positions (T,) of the tokens that the coming call appends, and the position that follows them;
+        returns the positions of all keys (S,)."""
         if self.window and self.length > 2 * (self.window + self.sinks):
             self.drop(self.length - self.window - self.sinks)
         self.pos = pos if self.pos is None else torch.cat((self.pos, pos))
-        self.length, self.next = len(self.pos), self.next + len(pos)
+        self.length, self.next = len(self.pos), end
         return self.pos
 
     def append(self, layer, **new):
@@ -132,18 +134,19 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     mask: None, bool (T, S), or float (T, S) or (H, T, S) added to the logits. causal, in place of a mask and for T = S
     alone: query t sees keys up to t. (For T < S the kernel would align that triangle at the top left.)
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # The CPU's fused kernel is several times slower than plain products in bfloat16.
+    half, biased = q.dtype in (torch.bfloat16, torch.float16), mask is not None and mask.is_floating_point()
+    if half and (biased or (q.device.type == "cpu" and q.dtype == torch.bfloat16)):
+        # Written out: fused kernels would round biases to half precision, which merges distances; and on the CPU the
+        # one for bfloat16 is several times slower than plain products.
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
         if causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
         if mask is not None:
             logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
         return F.dropout(logits.softmax(-1).to(v.dtype), dropout) @ v
-    if mask is not None and mask.is_floating_point():
-        mask = mask.to(q.dtype)
+    mask = mask.to(q.dtype) if biased else mask
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -240,8 +243,9 @@ class GPT(nn.Module):
         for path, parameter in self.named_parameters():
             owner, name = self.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
             generator = torch.Generator().manual_seed(derive_seed(seed, path))
-            if isinstance(owner, posenc.Encoding):
-                owner.init_parameter(name, parameter, generator)
+            if path.startswith("posenc."):
+                _, layer, name = path.split(".", maxsplit=2)
+                self.posenc[int(layer)].init_parameter(name, parameter, generator)
             elif isinstance(owner, nn.Embedding):
                 parameter.normal_(std=0.02, generator=generator)
             elif isinstance(owner, nn.Linear) and name == "weight":
@@ -264,10 +268,12 @@ class GPT(nn.Module):
             window, sinks = cache.window, cache.sinks
         if pos is None:
             start = cache.next if cache is not None else 0
-            pos = torch.arange(start, start + T, device=tokens.device)
-            self.check_length(start + T)
+            pos, end = torch.arange(start, start + T, device=tokens.device), start + T
+        else:
+            end = int(pos[-1]) + 1
+        self.check_length(end)
         fresh = cache is None or cache.length == 0
-        k_pos = pos if cache is None else cache.advance(pos)
+        k_pos = pos if cache is None else cache.advance(pos, end)
         # The kernel's own causal mask serves a first call; one query over a whole cache needs no mask at all.
         causal = fresh and window is None and T > 1
         unmasked = window is None and T == 1
@@ -290,11 +296,13 @@ class GPT(nn.Module):
         return loss.view(targets.shape)
 
     def check_length(self, length):
+        """ValueError where the encoding has no positions for `length` tokens."""
         if length > self.max_length:
-            encoding = next(encoding for encoding in self.posenc if encoding.max_length == self.max_length)
-            raise ValueError(
-                f"{encoding.name} has {self.max_length} positions, {length} are needed: {encoding.way_out}"
-            )
+            raise ValueError(self.too_long(length))
+
+    def too_long(self, length):
+        encoding = next(encoding for encoding in self.posenc if encoding.max_length == self.max_length)
+        return f"{encoding.name} has {self.max_length} positions, {length} are needed: {encoding.way_out}"
 
     def flops_per_token(self):
         """Floating-point operations to train on one token: 6 for each weight of a product, 12 T C a layer in attention.
@@ -335,6 +343,9 @@ def generate(
     prompt enters in chunks of `chunk` tokens, which bounds the memory of its attention.
     """
     generator = torch.Generator(tokens.device).manual_seed(seed)
+    barred = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    barred[list(forbidden)] = True
+    barred = barred.to(tokens.device)
     cache, new = Cache(window, sinks), tokens
     if crop is None:
         model.check_length(tokens.shape[1] + count - 1)
@@ -345,8 +356,7 @@ def generate(
         else:
             for part in new.split(chunk, dim=1):
                 logits = model(part, cache=cache, last=1)
-        logits = logits[:, -1]
-        logits[:, list(forbidden)] = -math.inf
+        logits = logits[:, -1].masked_fill(barred, -math.inf)
         new = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)
         if crop is not None:
             tokens = torch.cat((tokens, new), dim=1)

@@ -22,6 +22,7 @@ import difflib
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 ENCODINGS = {}  # name -> class
@@ -42,6 +43,7 @@ class Encoding(nn.Module):
     rotate_once = True  # a rotated key stays true as the context grows, so the cache holds it rotated
     max_length = math.inf  # positions that exist are 0 ... max_length - 1
     way_out = ""  # what to do past max_length
+    unbounded = None  # the flag's value that gives it positions without end, where its default has none
 
     def __init_subclass__(cls):
         if cls.name:
@@ -68,6 +70,8 @@ class Encoding(nn.Module):
                     raise ValueError(f"{cls.name}({key}={value!r}): choose from {', '.join(map(repr, default))}")
             elif type(value) is not type(default) and not (type(default) is float and type(value) is int):
                 raise ValueError(f"{cls.name}({key}={value!r}): expected {type(default).__name__}, such as {default!r}")
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{cls.name}({key}={value!r}): expected a finite number")
         defaults = {key: value[0] if isinstance(value, tuple) else value for key, value in cls.arguments.items()}
         return defaults | given
 
@@ -92,6 +96,8 @@ class Encoding(nn.Module):
 
     def bias(self, q_pos, k_pos):
         """q_pos (T,), k_pos (S,) -> (H, T, S) added to the logits, or None. The causal mask is not its business."""
+        if type(self).distance_bias is Encoding.distance_bias:
+            return None  # and no T x S tensor of distances
         return self.distance_bias((q_pos[:, None] - k_pos).clamp(min=0))
 
     def require(self, condition, message):
@@ -146,6 +152,7 @@ class Learned(Encoding):
     name = "learned"
     arguments = {"overflow": ("error", "clamp", "interpolate"), "factor": 8.0}
     shared = True
+    unbounded = 'learned(overflow="clamp")'
 
     def setup(self):
         self.require(self.factor >= 1, f"factor must be at least 1, not {self.factor}")
@@ -165,11 +172,11 @@ class Learned(Encoding):
 
     def embed(self, pos):
         if self.overflow != "interpolate":
-            return self.weight[pos.clamp(max=self.train_length - 1)]
+            return F.embedding(pos.clamp(max=self.train_length - 1), self.weight)
         place = pos.to(self.weight.dtype) / self.factor
         low = place.long().clamp(max=self.train_length - 1)
         high = (low + 1).clamp(max=self.train_length - 1)
-        return torch.lerp(self.weight[low], self.weight[high], (place - low)[:, None])
+        return torch.lerp(F.embedding(low, self.weight), F.embedding(high, self.weight), (place - low)[:, None])
 
 
 class RoPE(Encoding):
@@ -251,7 +258,7 @@ class T5(Encoding):
     def setup(self):
         self.require(self.buckets >= 2 and self.buckets % 2 == 0, f"buckets must be even, not {self.buckets}")
         self.require(self.max_distance > self.buckets // 2, f"max_distance must be above {self.buckets // 2}")
-        self.weight = nn.Parameter(torch.empty(self.n_head, self.buckets))
+        self.weight = nn.Parameter(torch.empty(self.buckets, self.n_head))
 
     def bucket(self, n):
         exact = self.buckets // 2
@@ -260,7 +267,7 @@ class T5(Encoding):
         return torch.where(n < exact, n, (exact + (spread * exact).long()).clamp(max=self.buckets - 1))
 
     def distance_bias(self, n):
-        return self.weight[:, self.bucket(n)]
+        return F.embedding(self.bucket(n), self.weight).movedim(-1, 0)
 
 
 def angles(pos, dim, base, dtype=torch.float32):
@@ -292,14 +299,22 @@ def parse(spec):
     if name not in ENCODINGS:
         raise ValueError(f"no positional encoding is called '{name}'; {nearest(name, ENCODINGS)}")
     for keyword in call.keywords:
+        if keyword.arg in arguments:
+            raise ValueError(f"posenc {spec!r} gives {keyword.arg} twice")
         try:
             arguments[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError):
             if not isinstance(keyword.value, ast.Name | ast.Call):
                 raise ValueError(wrong) from None
             arguments[keyword.arg] = ast.unparse(keyword.value)
     ENCODINGS[name].checked(arguments)
     return ENCODINGS[name], arguments
+
+
+def same(spec, other):
+    """Whether two values of the flag name the same encodings, whatever their arguments."""
+    one, two = ([parse(text)[0] for text in ([value] if isinstance(value, str) else value)] for value in (spec, other))
+    return one == two
 
 
 def build(spec, n_layer, **sizes):
@@ -321,9 +336,13 @@ def build(spec, n_layer, **sizes):
 
 
 def merge(spec, override):
-    """`override` laid over `spec`: arguments given again for the same encoding replace its own, the others stay."""
-    if not (isinstance(spec, str) and isinstance(override, str)):
+    """`override` laid over `spec`: arguments given again for the same encoding replace its own, the others stay. In a
+    list over the layers that is done for the members of that encoding, where there are any."""
+    if not isinstance(override, str):
         return override
+    if not isinstance(spec, str):
+        ours = [parse(member)[0] is parse(override)[0] for member in spec]
+        return [merge(m, override) if own else m for m, own in zip(spec, ours, strict=True)] if any(ours) else override
     (old, old_arguments), (new, new_arguments) = parse(spec), parse(override)
     if old is not new:
         return override

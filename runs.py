@@ -1,14 +1,16 @@
 """Run folders: what a run leaves on disk, written so that it is never lost, and read so that it can do no harm."""
 
 import json
+import math
 import os
 import pickle
 import sys
 import time
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import tiktoken
 import torch
 from tqdm import tqdm
 
@@ -86,29 +88,41 @@ def build(config, device="cpu"):
         raise UserError(str(error)) from None
 
 
-def load_weights(model, weights, fresh=False):
-    """Put a checkpoint's weights into the model. Those of an encoding that the model has no more are left over; those
-    of an encoding that the checkpoint never had are an error, or with `fresh` keep their initial values."""
+def load_weights(model, state, fresh=False):
+    """Put a checkpoint's weights into the model. An encoding that the checkpoint was not trained with has none there:
+    that is an error, or with `fresh` it keeps its initial values."""
+    weights, old = state["model"], state["config"]["posenc"]
+    if not posenc.same(old, model.config.posenc):
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("posenc.")}
     try:
         missing, left = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\t")[1:2])
         raise UserError(f"the checkpoint does not fit these settings: {reason}") from None
-    wrong = [name for name in missing if not (fresh and name.startswith("posenc."))]
-    wrong += [name for name in left if not name.startswith("posenc.")]
+    wrong = [name for name in missing if not (fresh and name.startswith("posenc."))] + left
     if wrong:
-        raise UserError(f"the checkpoint does not fit these settings: no weights for, or no place for, {wrong[0]}")
+        raise UserError(f"the checkpoint, trained with posenc {old!r}, has no weights for, or no use for, {wrong[0]}")
+
+
+@dataclass
+class Run:
+    """A checkpoint, ready for use."""
+
+    model: GPT  # in eval mode
+    config: Config
+    encoding: tiktoken.Encoding
+    data_checksum: str
 
 
 def open_run(run, device="cpu", override=""):
-    """A run for use -> model in eval mode, its Config, its tokenizer. `override` is merged into its `posenc`."""
+    """A run folder or checkpoint file -> Run. `override` is merged into its `posenc`."""
     state = load(run)
     config = config_of(state, posenc=merge_posenc(state["config"]["posenc"], override))
     encoding = tokenizer.load(config.tokenizer)
     check_tokenizer(encoding, state)
     model = build(config, device)
-    load_weights(model, state["model"])
-    return model.eval(), config, encoding
+    load_weights(model, state)
+    return Run(model.eval(), config, encoding, state.get("data_checksum", ""))
 
 
 def merge_posenc(spec, override):
@@ -121,14 +135,19 @@ def merge_posenc(spec, override):
 
 def check_tokenizer(encoding, state):
     """UserError when `encoding` is not the tokenizer that the checkpoint was trained with."""
-    if tokenizer.fingerprint(encoding) != state["tokenizer_fingerprint"]:
+    if tokenizer.fingerprint(encoding) != state.get("tokenizer_fingerprint"):
         name = state["config"]["tokenizer"]
         raise UserError(f"tokenizer {name} is not the one that the checkpoint was trained with: its vocabulary differs")
 
 
 def write_json(path, value):
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_whole(path, text):
+    """Write a text file to the side and put it in place: a kill leaves the old one or the new one."""
     part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.write_text(text)
     os.replace(part, path)
 
 
@@ -159,7 +178,7 @@ class Log:
         )  # fmt: skip
         if self.main:
             kept = [line for line in self.lines() if line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def lines(self):
         """The lines so far; one that a kill cut short is left out."""
@@ -173,6 +192,8 @@ class Log:
 
     def write(self, **line):
         if self.main:
+            # JSON knows no infinity, which is the norm of a gradient that overflowed float16.
+            line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             line["seconds"] = round(time.perf_counter() - self.start, 2)
             with self.path.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")

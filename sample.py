@@ -100,7 +100,8 @@ def main(argv):
     if len(paths) != 1:
         raise UserError(f"name one run; usage: {Options.usage}")
     device = devices.choose(options.device, options.dtype, inference=True)
-    model, config, encoding = runs.open_run(paths[0], device.device, options.posenc)
+    opened = runs.open_run(paths[0], device.device, options.posenc)
+    model, config, encoding = opened.model, opened.config, opened.encoding
     T, count = config.train_length, options.tokens or 8 * config.train_length
     end = encoding.encode_single_token(tokenizer.END_OF_TEXT)
     prompt = encoding.encode_ordinary(options.prompt) or [end]
@@ -121,6 +122,9 @@ def main(argv):
     stream, texts = Stream(encoding), [list(prompt) for _ in range(options.samples)]
     open_texts = set(range(options.samples))
     stream.write([token for token in prompt if token != end])
+    mark = f"\n{colour[0]}[--- {T} tokens: the training length ends here ---]{colour[1]}"
+    if len(prompt) >= T:
+        print(mark)
     start = time.perf_counter()
     try:
         with device.autocast():
@@ -129,8 +133,9 @@ def main(argv):
                 seed=options.seed, window=options.window or None, sinks=options.sinks, crop=options.crop or None,
                 forbidden=[token for token in silent if token != end or not options.stop],
             ):  # fmt: skip
+                drawn = new.tolist()
                 for index in sorted(open_texts):
-                    token = int(new[index])
+                    token = drawn[index]
                     if token == end:
                         open_texts.discard(index)
                         continue
@@ -138,7 +143,7 @@ def main(argv):
                     if index == 0:
                         stream.write([token])
                         if len(texts[0]) == T:
-                            print(f"\n{colour[0]}[--- {T} tokens: the training length ends here ---]{colour[1]}")
+                            print(mark)
                 if not open_texts:
                     break
     except KeyboardInterrupt:
@@ -152,8 +157,9 @@ def main(argv):
     made = sum(len(text) - len(prompt) for text in texts)
     print(f"\n\n{colour[0]}{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s")
     if made:
+        judge = runs.open_run(paths[0], device.device).model if options.posenc else model  # as it was trained
         with device.autocast():
-            losses = [score(model, torch.tensor([text], device=device.device), T)[0].tolist() for text in texts]
+            losses = [score(judge, torch.tensor([text], device=device.device), T)[0].tolist() for text in texts]
         print(f"loss of the generated text, in nats per token, with at most T = {T} tokens of context:")
         print("\n".join(block_table(texts, losses, len(prompt), T)) + colour[1])
 

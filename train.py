@@ -23,6 +23,8 @@ import configs
 import data
 import device as devices
 import evaluate
+import optimizers
+import posenc
 import report
 import runs
 from configs import Config
@@ -33,16 +35,9 @@ from model import GPTConfig, derive_seed
 TRY = "Try a lower --learning_rate, or --dtype=float32, with another --out_dir"
 # What may differ when a run goes on; all else would make it another run.
 MAY_CHANGE = {
-    "max_steps",
-    "eval_interval",
-    "log_interval",
-    "checkpoint_interval",
-    "device",
-    "compile",
-    "out_dir",
-    "data_dir",
-    "length_targets",
-}
+    "max_steps", "eval_interval", "log_interval", "checkpoint_interval", "device", "compile", "micro_batch_size",
+    "out_dir", "data_dir", "length_targets",
+}  # fmt: skip
 
 
 def settle(names, given):
@@ -50,8 +45,12 @@ def settle(names, given):
     inherited = {}
     if given.get("init_from"):
         base = runs.load(given["init_from"])["config"]
-        inherited = {field.name: base[field.name] for field in fields(GPTConfig)} | {"tokenizer": base["tokenizer"]}
+        keys = [field.name for field in fields(GPTConfig)] + ["tokenizer"]
+        inherited = {key: base[key] for key in keys if key in base}
         given["posenc"] = runs.merge_posenc(base["posenc"], given.get("posenc", ""))
+        # What the encoding learned, and what stretches it, stays relative to the length it was trained at.
+        kept = posenc.same(base["posenc"], given["posenc"])
+        inherited["original_length"] = (base["original_length"] or base["train_length"]) if kept else 0
     config = configs.make(Config, inherited | given)
     if not config.out_dir:
         spec = config.posenc if isinstance(config.posenc, str) else "-".join(config.posenc)
@@ -71,19 +70,6 @@ def learning_rate(config, step):
     return config.final_lr + (1 - config.final_lr) * fall
 
 
-def make_optimizers(model, config):
-    """AdamW, or Muon for the blocks' matrices and AdamW for all else. Nothing but those matrices decays."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    known = {id(p) for p in matrices}
-    rest = {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0}
-    rate, decay = config.learning_rate, config.weight_decay
-    adamw = {"lr": rate, "betas": (config.beta1, config.beta2), "fused": rest["params"][0].device.type != "mps"}
-    if config.optimizer == "adamw":
-        return [torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, rest], **adamw)]
-    muon = torch.optim.Muon(matrices, rate, decay, config.momentum, adjust_lr_fn="match_rms_adamw")
-    return [torch.optim.AdamW([rest], **adamw), muon]
-
-
 def resume(config, out, device, dataset, encoding):
     """The state of the run in the folder `out`, or None where it is new. UserError if that run is another one."""
     if not any((out / name).exists() for name in (runs.CKPT, runs.PREVIOUS)):
@@ -98,6 +84,10 @@ def resume(config, out, device, dataset, encoding):
         said = ", ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in differ)
         raise UserError(
             f"{out} holds a run with other settings: {said}. Start another with --out_dir, or set them back"
+        )
+    if "optimizer" not in state:
+        raise UserError(
+            f"{runs.find(out)} cannot go on: it holds no optimiser state (best.pt does not); use --init_from"
         )
     runs.check_tokenizer(encoding, state)
     if state["data_checksum"] != dataset.meta["data_checksum"]:
@@ -114,10 +104,10 @@ def train(config, device):
         raise UserError(
             f"batch_size={config.batch_size} does not divide by {device.world} processes x micro_batch_size={micro}"
         )
-    if device.local_rank == 0:  # one process of each machine prepares what is missing
-        dataset = data.open_dataset(config, encoding)
-    device.barrier()
-    dataset = data.open_dataset(config, encoding)
+    for first in (True, False):  # one process of each machine prepares what is missing, then the others open it
+        if first == (device.local_rank == 0):
+            dataset = data.open_dataset(config, encoding)
+        device.barrier()
     config.vocab_size = config.vocab_size or encoding.n_vocab
     if config.vocab_size < encoding.n_vocab:
         raise UserError(
@@ -126,21 +116,26 @@ def train(config, device):
 
     state = resume(config, out, device, dataset, encoding)
     model = runs.build(config, device.device)
-    optimizers = make_optimizers(model, config)
+    if model.max_length < config.train_length:
+        raise UserError(f"train_length={config.train_length}: {model.too_long(config.train_length)}")
+    updaters = optimizers.make(model, config, device)
     scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
     step, best = 0, math.inf
     if state:
         step, best = state["step"], state["best"]
-        runs.load_weights(model, state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
-            optimizer.load_state_dict(saved)
-        scaler.load_state_dict(state["scaler"])
+        runs.load_weights(model, state)
+        for updater, saved in zip(updaters, state["optimizer"], strict=True):
+            updater.load_state_dict(saved)
+        if state["scaler"]:  # empty where the run was not in float16 before
+            scaler.load_state_dict(state["scaler"])
     elif config.init_from:
-        runs.load_weights(model, runs.load(config.init_from)["model"], fresh=True)
-    device.barrier()  # all have looked before the main process writes
-    if device.main:
-        out.mkdir(parents=True, exist_ok=True)
-        runs.write_json(out / "config.json", runs.plain(config))
+        base = runs.load(config.init_from)
+        runs.check_tokenizer(encoding, base)
+        runs.load_weights(model, base, fresh=True)
+    # Also the point where all have looked before the main process writes.
+    if device.sum(step) != (step * device.world,):
+        raise UserError(f"not all processes find the same checkpoint in {out}: it must lie on a disk that they share")
+    finished = step >= config.max_steps
 
     def save(name, **more):
         if device.main:
@@ -149,15 +144,17 @@ def train(config, device):
                 out, name, {"model": model.state_dict(), "step": step, "config": runs.plain(config)} | known | more
             )
 
+    if device.main:
+        out.mkdir(parents=True, exist_ok=True)
     log, stop = runs.Log(out, device, step, config.max_steps, before_torch.BEGAN), devices.Stop(device)
-    forward = model
-    if config.compile is True or (config.compile == "auto" and device.device.type == "cuda"):
-        if devices.can_compile(device.device):
-            forward = torch.compile(model)
-            # On the CPU a resumed run would else differ in the last bits.
-            torch.use_deterministic_algorithms(device.device.type == "cpu")
-        else:
-            log.say("no C++ compiler here: going on without torch.compile")
+    if device.main:
+        runs.write_json(out / "config.json", runs.plain(config))
+    # Or a resumed run would differ in its last bits. Filling what is about to be overwritten would only cost time.
+    torch.use_deterministic_algorithms(device.device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    forward, why_not = devices.compiled(model, config.compile, device.device)
+    if why_not:
+        log.say(why_not)
     if device.world > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.device] if device.device.type == "cuda" else None)
     windows = data.even_windows(dataset.val, config.train_length, max(1, config.eval_tokens // config.train_length))
@@ -191,17 +188,17 @@ def train(config, device):
             loss += part_loss.detach()
 
         # Update.
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
+        for updater in updaters:
+            scaler.unscale_(updater)
+            for group in updater.param_groups:
                 group["lr"] = config.learning_rate * learning_rate(config, step)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         if not scaler.is_enabled() or norm.isfinite():  # with float16 both optimisers step, or neither
-            for optimizer in optimizers:
-                scaler.step(optimizer)
+            for updater in updaters:
+                scaler.step(updater)
         scaler.update()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for updater in updaters:
+            updater.zero_grad(set_to_none=True)
         step += 1
         log.bar.update()
 
@@ -212,16 +209,17 @@ def train(config, device):
         evaluates = step % config.eval_interval == 0 or done
         if logs or saves or evaluates:
             (mean,) = device.sum(loss.item())
-            if not math.isfinite(mean):
+            # An infinite norm is no failure in float16: that step was left out, and the scale lowered.
+            if not math.isfinite(mean) or not (scaler.is_enabled() or norm.isfinite()):
                 log.bar.close()
                 kept = (
                     f"the last good checkpoint is {out / runs.CKPT}" if (out / runs.CKPT).exists() else "none was saved"
                 )
-                raise UserError(f"loss {mean} at step {step}; {kept}. {TRY}")
+                raise UserError(f"loss {mean}, gradient norm {norm.item()} at step {step}; {kept}. {TRY}")
         if logs:
             speed = (step - since_step) * tokens_per_step / (time.perf_counter() - since)
             since, since_step = time.perf_counter(), step
-            rate = optimizers[0].param_groups[0]["lr"]
+            rate = updaters[0].param_groups[0]["lr"]
             log.write(step=step, loss=mean, learning_rate=rate, grad_norm=norm.item(), tokens_per_second=round(speed))
             shown = {"loss": f"{mean:.3f}", "lr": f"{rate:.1e}", "tok/s": f"{speed:,.0f}"}
             if peak := devices.peak(device.device):
@@ -238,12 +236,14 @@ def train(config, device):
                 save(runs.BEST)
             since += time.perf_counter() - began
         if saves:
-            optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+            optimizer_states = [updater.state_dict() for updater in updaters]
             save(runs.CKPT, optimizer=optimizer_states, scaler=scaler.state_dict(), best=best)
     log.bar.close()
     if asked:
         log.say(f"stopped after step {step}, saved in {out}; the same command goes on from there")
         return 128 + asked
+    if finished:
+        log.say(f"{out} is finished ({step} steps); for more of them raise --max_steps")
     close(model, config, dataset, device, log, step)
     return 0
 
@@ -251,9 +251,7 @@ def train(config, device):
 def close(model, config, dataset, device, log, step):
     """The end of a run: loss against context, the pictures, and the command to type next."""
     out = Path(config.out_dir)
-    if runs.read_json(out / "length.json").get("step") == step:
-        log.say(f"{out} is finished ({step} steps); for more of them raise --max_steps")
-    elif config.length_targets:
+    if config.length_targets and runs.read_json(out / "length.json").get("step") != step:
         model.eval()
         result = evaluate.length_loss(model, dataset, device, config.length_targets)
         if device.main:
@@ -272,8 +270,8 @@ def main(argv):
     device = devices.choose(config.device, config.dtype)
     try:
         return train(config, device)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:  # CUDA has a class for it, MPS and the CPU do not
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         now = config.micro_batch_size or config.batch_size // device.world
         raise UserError(f"out of memory: lower --micro_batch_size (now {now}); gradients accumulate") from None

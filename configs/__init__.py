@@ -32,7 +32,7 @@ class Config(GPTConfig):
     data_dir: str = "data"  # token files go to its tokens/, downloads to its raw/
     seed: int = 1337  # of initial weights, batches and dropout
     # how
-    max_steps: int = 1200  # optimiser steps
+    max_steps: int = 700  # optimiser steps
     batch_size: int = 32  # sequences of train_length in a step, over all processes
     micro_batch_size: int = 0  # sequences a process computes at once (gradients accumulate); 0 means its whole share
     length_schedule: dict = field(default_factory=dict)  # {share of the run: length}, at constant tokens a step
@@ -49,10 +49,10 @@ class Config(GPTConfig):
     final_lr: float = 0.0  # share of the peak at the end
     init_from: str = ""  # a run to take weights and model settings from, with another posenc or length perhaps
     # measuring
-    eval_interval: int = 200  # steps between evaluations
-    eval_tokens: int = 65536  # validation tokens an evaluation reads, the same ones each time
+    eval_interval: int = 100  # steps between evaluations
+    eval_tokens: int = 32768  # validation tokens an evaluation reads, the same ones each time
     log_interval: int = 10  # steps between lines of metrics.jsonl
-    checkpoint_interval: int = 200  # steps between checkpoints
+    checkpoint_interval: int = 100  # steps between checkpoints
     length_targets: int = 128  # windows behind the closing table of loss against length; 0 leaves the table out
     # where
     out_dir: str = ""  # the run's folder; by default out/ and the config names joined by '-'
@@ -64,11 +64,14 @@ class Config(GPTConfig):
         super().__post_init__()
         for key in ("max_steps", "batch_size", "eval_interval", "eval_tokens", "log_interval", "checkpoint_interval"):
             require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
-        for key in ("micro_batch_size", "learning_rate", "weight_decay", "grad_clip", "length_targets"):
+        for key in ("seed", "micro_batch_size", "learning_rate", "weight_decay", "grad_clip", "length_targets"):
             require(getattr(self, key) >= 0, f"{key} must not be negative")
         for key in ("warmup", "decay", "final_lr"):
             require(0 <= getattr(self, key) <= 1, f"{key} must lie in 0 ... 1, not {getattr(self, key)}")
-        require(self.warmup + self.decay <= 1, "warmup and decay must not exceed 1 together")
+        for key in ("beta1", "beta2", "momentum"):
+            require(0 <= getattr(self, key) < 1, f"{key} must lie in 0 ... 1 and below 1, not {getattr(self, key)}")
+        levels = self.schedule == "cosine" or self.warmup + self.decay <= 1
+        require(levels, "warmup and decay must not exceed 1 together")
         require(isinstance(self.text, str) or all(isinstance(path, str) for path in self.text), "text must list paths")
         require(bool(self.text) == (self.dataset == "text"), "--text=PATH and --dataset=text go together")
         if self.length_schedule:

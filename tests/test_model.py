@@ -11,11 +11,8 @@ from model import GPT, Cache, GPTConfig, attend, draw, generate, visible
 from posenc import ENCODINGS
 
 T = 16
-# With `error`, learned has no positions past T; these two have.
-UNBOUNDED = [name for name in ENCODINGS if name != "learned"] + [
-    'learned(overflow="clamp")',
-    'learned(overflow="interpolate", factor=8)',
-]
+# Every encoding, in the form that has positions past T.
+UNBOUNDED = [cls.unbounded or name for name, cls in ENCODINGS.items()] + ['learned(overflow="interpolate", factor=8)']
 
 
 def make(spec, seed=0, **settings):
@@ -49,7 +46,7 @@ def test_cached_logits_equal_the_full_forward(spec, length):
         assert cache.length == length
 
 
-@pytest.mark.parametrize("spec", ["rope", "alibi", "t5", "none"])
+@pytest.mark.parametrize("spec", [*UNBOUNDED, ["rope", "t5", "none"]])
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory(spec, sinks):
     model, tokens = make(spec), torch.randint(50, (2, 8 * T))
@@ -256,6 +253,19 @@ def test_bfloat16_autocast_stays_close_to_float32_for_every_encoding():
         assert (half.float() - exact).abs().max() > 0
 
 
+def test_half_precision_keeps_distances_apart():
+    """Biases at distances that bfloat16 cannot tell apart give different weights: they are added in float32."""
+    bias = -0.5 * torch.arange(4096, dtype=torch.float32).flip(0)[None, None]  # (1, 1, S)
+    q, k = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 4096, 8, dtype=torch.bfloat16)
+    for near in (3000, 3001):
+        v = torch.zeros(1, 1, 4096, 8, dtype=torch.bfloat16)
+        v[0, 0, 4095 - near] = 1
+        mask = (bias + 0.5 * 3000).masked_fill(torch.arange(4096) > 4095 - 3000, -math.inf)
+        weight = attend(q, k, v, mask)[0, 0, 0, 0].item()
+        total = 1 / (1 - math.exp(-0.5))
+        assert weight == pytest.approx(math.exp(-0.5 * (near - 3000)) / total, rel=0.01)
+
+
 def test_derived_seeds_differ_where_sums_would_collide():
     seeds = {model_module.derive_seed(seed, step) for seed in range(50) for step in range(50)}
     assert len(seeds) == 2500
@@ -265,3 +275,17 @@ def test_sdpa_takes_top_left_for_fewer_queries_than_keys():
     """Why `attend` asks for T = S with its causal flag: the kernel's triangle starts at the top left."""
     q, k, v = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
     assert torch.allclose(F.scaled_dot_product_attention(q, k, v, is_causal=True), v[:, :, :1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("spec", UNBOUNDED)
+def test_a_gpu_computes_what_the_cpu_does(spec):
+    model, tokens = make(spec).float(), torch.randint(50, (2, 4 * T))
+    exact = model(tokens)
+    model, tokens = model.cuda(), tokens.cuda()
+    assert torch.allclose(model(tokens).cpu(), exact, atol=1e-3)
+    assert torch.allclose(cached(model, tokens, [7, 1])[0].cpu(), exact, atol=1e-3)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cuda", dtype):
+            assert (model(tokens).float().cpu() - exact).abs().max() < 0.1 * exact.std() + 0.05

@@ -1,0 +1,62 @@
+"""AdamW and Muon, and which parameters each of them gets."""
+
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum whose singular values are all driven to about 1, for matrices alone.
+
+        M <- mu M + (1 - mu) G,   U = orthogonalise(G + mu (M - G))
+        W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) U
+
+    The factor 0.2 sqrt(max) gives updates the size that AdamW's have (Liu et al. 2025, "Muon is scalable", section 2.2),
+    so that one learning rate serves both. Matrices of one shape are orthogonalised together, in `dtype`.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum, dtype=torch.float32):
+        by_shape = {}
+        for matrix in matrices:
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+        groups = [{"params": same} for same in by_shape.values()]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices, rate, momentum = group["params"], group["lr"], group["momentum"]
+            gradients = [matrix.grad for matrix in matrices]
+            means = [self.state[matrix].setdefault("mean", torch.zeros_like(matrix)) for matrix in matrices]
+            torch._foreach_lerp_(means, gradients, 1 - momentum)
+            ahead = torch.stack(gradients).lerp(torch.stack(means), momentum)  # Nesterov's, (count, rows, columns)
+            updates = orthogonalise(ahead.to(self.dtype)).to(matrices[0].dtype)
+            torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+            torch._foreach_add_(matrices, list(updates), alpha=-rate * 0.2 * max(matrices[0].shape) ** 0.5)
+
+
+def orthogonalise(x, steps=5):
+    """(count, rows, columns) -> U V^T for each x = U S V^T, nearly: singular values land in 0.7 ... 1.2.
+
+    A Newton-Schulz iteration of degree five, with the coefficients that Jordan et al. chose for steepness at 0.
+    """
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+def make(model, config, device):
+    """AdamW, or Muon for the blocks' matrices and AdamW for all else. Nothing but those matrices decays."""
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    known = {id(p) for p in matrices}
+    rest = {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0}
+    rate, decay = config.learning_rate, config.weight_decay
+    adamw = {"lr": rate, "betas": (config.beta1, config.beta2), "fused": device.device.type != "mps"}
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, rest], **adamw)]
+    # bfloat16 is enough where the hardware multiplies it, and a hundred times slower where it does not.
+    dtype = torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32
+    return [torch.optim.AdamW([rest], **adamw), Muon(matrices, rate, decay, config.momentum, dtype)]

@@ -1,0 +1,52 @@
+"""The benchmark runs, measures what it says, and leaves the cache as it was between rounds."""
+
+import dataclasses
+import re
+
+import torch
+
+import bench
+from device import Device
+
+TINY = bench.Bench(vocab_size=20, n_layer=1, n_embd=16, n_head=2, train_length=4, batch_size=32)
+
+
+def test_every_variant_sees_the_same_number_of_tokens():
+    long = bench.variant(TINY, "alibi", 64)
+    assert (long.posenc, long.train_length, long.batch_size) == ("alibi", 64, 2)
+
+
+def test_every_round_decodes_at_the_same_context(monkeypatch):
+    lengths = []
+    append = bench.Cache.append
+    monkeypatch.setattr(
+        bench.Cache, "append", lambda self, *a, **k: (lengths.append(self.length), append(self, *a, **k))[1]
+    )
+    decode = bench.decoder(bench.variant(TINY, "rope", 4), Device(torch.device("cpu"), torch.float32), 10, 3)
+    decode()
+    decode()
+    assert lengths == [10, 11, 12, 13, 11, 12, 13]
+
+
+def test_the_command_prints_and_writes_one_row_for_each_encoding(run_script, tmp_path):
+    settings = {key: getattr(TINY, key) for key in ("vocab_size", "n_layer", "n_embd", "n_head", "train_length")}
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    done = run_script("bench.py", *flags, "--only=alibi", "--rounds=1", "--decode_tokens=2", f"--table={tmp_path}/t.md")
+    assert done.returncode == 0, done.stderr
+    rows = [re.findall(r"[^|]+", line) for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows] == ["encoding", "none", "alibi"]
+    assert all(float(cell.replace(",", "")) > 0 for row in rows[1:] for cell in row[1:])
+    assert re.search(r"context of 1024: [\d.]+ ms/token from the cache", done.stdout)
+    assert (tmp_path / "t.md").read_text().startswith(done.stdout.split("\n\n")[0])
+
+
+def test_an_unknown_encoding_is_one_line(run_script):
+    done = run_script("bench.py", "--only=rop")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "did you mean 'rope'" in done.stderr
+
+
+def test_bench_takes_all_settings_of_a_run():
+    assert {field.name for field in dataclasses.fields(bench.Config)} < {
+        field.name for field in dataclasses.fields(bench.Bench)
+    }
