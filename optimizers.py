@@ -9,8 +9,8 @@ class Muon(torch.optim.Optimizer):
         M <- mu M + (1 - mu) G,   U = orthogonalise(G + mu (M - G))
         W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) U
 
-    The factor 0.2 sqrt(max) gives updates the size that AdamW's have (Liu et al. 2025, "Muon is scalable", section 2.2),
-    so that one learning rate serves both. Matrices of one shape are orthogonalised together, in `dtype`.
+    The factor gives updates the size that AdamW's have (Liu et al. 2025, "Muon is scalable", section 2.2), so that one
+    learning rate serves both. Matrices of one shape are orthogonalised together, in `dtype`.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum, dtype=torch.float32):
