@@ -28,8 +28,8 @@ class GPTConfig:
     n_head: int = 4  # attention heads
     n_kv_head: int = 0  # heads of keys and values, each serving n_head / n_kv_head query heads; 0 means n_head
     n_embd: int = 128  # C, the width of the model
-    n_hidden: int = 0  # width of the feed-forward layer; 0 means 4 C, or 8/3 C for swiglu
-    activation: Literal["relu2", "gelu", "swiglu"] = "relu2"  # of the feed-forward layer
+    n_hidden: int = 0  # width of the feed-forward layer; 0 means 4 C, or for swiglu 8/3 C in multiples of 32
+    activation: Literal["relu2", "gelu", "swiglu"] = "swiglu"  # of the feed-forward layer
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation before attention, feed-forward and head
     norm_affine: bool = False  # normalisation layers have learned weights (layernorm: and biases)
     embed_norm: bool = True  # normalise token embeddings, and what the encoding adds to them, each on its own
@@ -58,7 +58,8 @@ class GPTConfig:
 
     @property
     def hidden(self):
-        return self.n_hidden or (int(self.n_embd * 8 / 3) if self.activation == "swiglu" else 4 * self.n_embd)
+        gated = 32 * math.ceil(self.n_embd / 12)  # 8/3 C, up to a multiple of 32: as many weights as 4 C without gates
+        return self.n_hidden or (gated if self.activation == "swiglu" else 4 * self.n_embd)
 
     @property
     def sizes(self):

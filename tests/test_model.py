@@ -61,7 +61,7 @@ def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory
 
 @pytest.mark.parametrize("name", ENCODINGS)
 @pytest.mark.parametrize(
-    "settings", [{}, {"n_kv_head": 4, "qk_norm": True, "activation": "swiglu", "norm": "layernorm"}]
+    "settings", [{}, {"n_kv_head": 4, "qk_norm": True, "activation": "relu2", "norm": "layernorm"}]
 )
 def test_causality(name, settings):
     model, tokens = make(name, **settings), torch.randint(50, (1, T))
@@ -192,7 +192,7 @@ def test_learned_refuses_positions_past_its_table_and_says_what_to_do():
 
 def test_flops_count_products():
     config = GPTConfig(vocab_size=50, n_layer=2, n_embd=32, n_head=4, train_length=T)
-    per_token = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 32 * 50  # weights of both blocks and the head
+    per_token = 2 * (4 * 32 * 32 + 3 * 32 * 96) + 32 * 50  # weights of both blocks and the head
     assert GPT(config).flops_per_token() == 6 * per_token + 12 * 2 * 32 * T
 
 
