@@ -161,12 +161,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, encoding, pos, k_pos, mask, causal, cache):
+    def forward(self, x, encoding, pos, k_pos, mask, causal, cache, near, sinks):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+        unturned = q
         if encoding.rotate_once:
             q, k = encoding.rotate(q, k, pos, pos)
         if cache is not None:
@@ -174,6 +175,13 @@ class Attention(nn.Module):
         if not encoding.rotate_once:
             q, k = encoding.rotate(q, k, pos, k_pos)
         bias = encoding.bias(pos, k_pos)  # (H, T, S) or None
+        if near is not None and encoding.relative:
+            # Sinks are met by queries at `near`, other keys by queries at `pos`: both products in one, side by side.
+            sink = k_pos < sinks
+            turned, _ = encoding.rotate(unturned, k[:, :, :1], near, k_pos[:1])
+            q = torch.cat((q, turned), dim=-1) * 2**0.5  # `attend` divides by the root of a width that has doubled
+            k = torch.cat((k * ~sink[:, None], k * sink[:, None]), dim=-1)
+            bias = bias if bias is None else torch.where(sink, encoding.bias(near, k_pos), bias)
         if bias is not None:
             seen = visible(pos, k_pos) if mask is None else mask
             mask, causal = bias.masked_fill(~seen, -math.inf), False
@@ -262,7 +270,9 @@ class GPT(nn.Module):
 
         A target of -1 counts as 0. pos (T,) are ascending positions, by default those that follow the cache's. `last`
         keeps only that many final positions of the output (targets are then (B, last)). A window W hides keys at
-        distance W and beyond, except the first `sinks` tokens. Raises ValueError for positions past `max_length`.
+        distance W and beyond, except the first `sinks` tokens. Relative encodings see those as if they lay just before
+        the window (StreamingLLM, Xiao et al. 2023): at their true distance they would be farther than training showed.
+        ValueError for positions past `max_length`.
         """
         T = tokens.shape[1]
         if cache is not None:
@@ -279,6 +289,7 @@ class GPT(nn.Module):
         causal = fresh and window is None and T > 1
         unmasked = window is None and T == 1
         mask = None if causal or unmasked else visible(pos, k_pos, window, sinks)
+        near = pos.clamp(max=window + sinks - 1) if window is not None and sinks else None
 
         x = self.token_norm(self.token(tokens))  # (B, T, C)
         added = self.posenc[0].embed(pos)
@@ -286,7 +297,7 @@ class GPT(nn.Module):
             x = x + (self.token_norm(added) if self.config.embed_norm else added)
         x = self.drop(x)
         for block, encoding in zip(self.blocks, self.posenc, strict=True):
-            x = block(x, encoding, pos, k_pos, mask, causal, cache)
+            x = block(x, encoding, pos, k_pos, mask, causal, cache, near, sinks)
         logits = self.head(self.norm(x if last is None else x[:, -last:]))
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)

@@ -13,8 +13,8 @@ cache, a shifted window or a random position needs no special case. Angles, dist
 (float64 when the model is) and cast last: bfloat16 cannot tell positions above 256 apart.
 
 i is a query's position, j a key's, n = i - j >= 0, D the width of a head, C of the model, T the training length.
-To add an encoding, write one class below. Its name is then a value of the `posenc` flag, and the tests, the benchmark
-and the comparisons find it by themselves.
+To add an encoding, write one class below. Its name is then a value of the `posenc` flag, and the tests and the
+benchmark find it by themselves.
 """
 
 import ast

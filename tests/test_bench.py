@@ -40,8 +40,8 @@ def test_the_command_prints_and_writes_one_row_for_each_encoding(run_script, tmp
     assert (tmp_path / "t.md").read_text().startswith(done.stdout.split("\n\n")[0])
 
 
-def test_an_unknown_encoding_is_one_line(run_script):
-    done = run_script("bench.py", "--only=rop")
+def test_an_unknown_encoding_is_one_line(call_script):
+    done = call_script("bench.py", "--only=rop")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "did you mean 'rope'" in done.stderr
 

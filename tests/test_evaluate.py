@@ -103,10 +103,10 @@ def test_chunks_and_batches_change_nothing():
     assert losses[2] == pytest.approx(losses[0], rel=1e-9)
 
 
-def test_the_command_puts_runs_side_by_side(trained, learned, run_script, tmp_path):
+def test_the_command_puts_runs_side_by_side(trained, learned, call_script, tmp_path):
     (tmp_path / "page.md").write_text("before\n<!-- evaluate -->\nold\n<!-- /evaluate -->\nafter\n")
     flags = [f"--table={tmp_path}/page.md", f"--picture={tmp_path}/curves.png", "--targets=4"]
-    done = run_script("evaluate.py", trained, learned, *flags)
+    done = call_script("evaluate.py", trained, learned, *flags)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("before\n<!-- evaluate -->\n| loss at | 0.5 T | 1 T |")
@@ -118,9 +118,9 @@ def test_the_command_puts_runs_side_by_side(trained, learned, run_script, tmp_pa
     assert json.loads((learned / "length.json").read_text())["lengths"] == [8, 16]
 
 
-def test_the_command_refuses_in_one_line(trained, run_script):
+def test_the_command_refuses_in_one_line(trained, call_script):
     for argv, said in (([], "which runs"), (["nowhere"], "no run nowhere"), ([trained, "--target=3"], "'targets'")):
-        done = run_script("evaluate.py", *argv)
+        done = call_script("evaluate.py", *argv)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert said in done.stderr
 

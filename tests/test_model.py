@@ -72,6 +72,15 @@ def test_causality(name, settings):
     assert (before[:, 9:] - after[:, 9:]).abs().amax(-1).min() > 0
 
 
+@pytest.mark.parametrize("name", [name for name, cls in ENCODINGS.items() if cls.relative])
+def test_sinks_lie_just_before_the_window(name):
+    """In one layer, what the last token sees is the sinks and the window, numbered as if nothing lay between them."""
+    model, tokens = make(name, n_layer=1), torch.randint(50, (2, 8 * T))
+    logits, _ = cached(model, tokens, [5], window=T, sinks=3)
+    packed = torch.cat((tokens[:, :3], tokens[:, -T:]), dim=1)
+    assert torch.allclose(logits[:, -1], model(packed)[:, -1], rtol=0, atol=1e-11)
+
+
 def plain_attention(q, k, v, bias, seen):
     """Attention of one head by its definition, one query at a time."""
     out = torch.zeros(q.shape[0], v.shape[1], dtype=q.dtype)

@@ -27,19 +27,19 @@ def test_streams_past_the_training_length_marks_it_and_scores_blocks(trained, ru
     assert all(0 < float(loss) < 10 and 0 <= float(share) <= 100 for _, _, loss, share in rows)
 
 
-def test_the_same_seed_gives_the_same_text_and_samples_differ(trained, run_script):
+def test_the_same_seed_gives_the_same_text_and_samples_differ(trained, call_script):
     lines = ["sample.py", trained, "--prompt=line ", "--tokens=40", "--samples=2", "--top_k=20", "--top_p=0.95"]
-    texts = [run_script(*lines, f"--seed={seed}").stdout.partition(" tokens in ")[0] for seed in (1, 1, 2)]
+    texts = [call_script(*lines, f"--seed={seed}").stdout.partition(" tokens in ")[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     first, second = texts[0].split("[--- sample 2 ---]")
     assert re.sub(r"\n\[.*?\]\n", "", first).strip() != second.strip()
 
 
 @pytest.mark.parametrize("prompt", ["", "naïve 日本語 👩‍👩‍👧", "tab\tnew\nline\x00", os.fsdecode(b"\xff not UTF-8")])
-def test_any_prompt_works(trained, run_script, prompt):
+def test_any_prompt_works(trained, call_script, prompt):
     if "\x00" in prompt:
         pytest.skip("no operating system passes a zero byte in an argument")
-    done = run_script("sample.py", trained, f"--prompt={prompt}", "--tokens=5")
+    done = call_script("sample.py", trained, f"--prompt={prompt}", "--tokens=5")
     assert done.returncode == 0, done.stderr
     assert "5 tokens in" in done.stdout
 
@@ -56,24 +56,24 @@ def test_never_prints_half_a_character(capsys):
     assert capsys.readouterr().out == "\ufffd"
 
 
-def test_window_posenc_and_crop_reach_the_model(trained, run_script):
-    plain = run_script("sample.py", trained, "--tokens=60", "--temperature=0").stdout
+def test_window_posenc_and_crop_reach_the_model(trained, call_script):
+    plain = call_script("sample.py", trained, "--tokens=60", "--temperature=0").stdout
     for flags in (["--window=4", "--sinks=1"], ["--posenc=rope(base=3)"], ["--posenc=none"], ["--crop=5"]):
-        done = run_script("sample.py", trained, "--tokens=60", "--temperature=0", *flags)
+        done = call_script("sample.py", trained, "--tokens=60", "--temperature=0", *flags)
         assert done.returncode == 0, done.stderr
         assert done.stdout != plain
 
 
-def test_a_learned_encoding_past_its_table_names_the_choices(learned, run_script):
-    done = run_script("sample.py", learned, "--prompt=line ", "--tokens=40")
+def test_a_learned_encoding_past_its_table_names_the_choices(learned, call_script):
+    done = call_script("sample.py", learned, "--prompt=line ", "--tokens=40")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in ("crop", "clamp", "interpolate", "16 positions"))
     for flag in (f"--crop={T}", '--posenc=learned(overflow="clamp")', '--posenc=learned(overflow="interpolate")'):
-        done = run_script("sample.py", learned, "--prompt=line ", "--tokens=40", flag)
+        done = call_script("sample.py", learned, "--prompt=line ", "--tokens=40", flag)
         assert done.returncode == 0, done.stderr
-    assert run_script("sample.py", learned, "--prompt=line ", f"--tokens={T - 4}").returncode == 0
+    assert call_script("sample.py", learned, "--prompt=line ", f"--tokens={T - 4}").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -90,29 +90,29 @@ def test_a_learned_encoding_past_its_table_names_the_choices(learned, run_script
         (["--device=tpu"], "choose from auto"),
     ],
 )
-def test_mistakes_are_one_line(trained, run_script, flags, said):
-    done = run_script("sample.py", trained, *flags)
+def test_mistakes_are_one_line(trained, call_script, flags, said):
+    done = call_script("sample.py", trained, *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert re.search(said, done.stderr), done.stderr
 
 
-def test_a_missing_run_names_the_nearest(trained, run_script):
+def test_a_missing_run_names_the_nearest(trained, call_script):
     for argv in (["nowhere"], []):
-        done = run_script("sample.py", *argv)
+        done = call_script("sample.py", *argv)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
 
 
-def test_end_of_text_is_drawn_with_stop_alone(trained, run_script, tmp_path):
+def test_end_of_text_is_drawn_with_stop_alone(trained, call_script, tmp_path):
     """A head of zeros makes every token as likely as any other."""
     state = runs.load(trained)
     state["model"]["head.weight"].zero_()
     (tmp_path / "run").mkdir()
     torch.save(state, tmp_path / "run" / "ckpt.pt")
-    go_on = run_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1")
+    go_on = call_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1")
     assert "1500 tokens in" in go_on.stdout
-    stop = run_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1", "--stop")
+    stop = call_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1", "--stop")
     assert int(re.search(r"(\d+) tokens in", stop.stdout)[1]) < 1500
 
 

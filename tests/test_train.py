@@ -240,7 +240,7 @@ def test_init_from_takes_weights_and_model_settings(trained, corpus, tmp_path):
     assert same(new["model"], state(trained)["model"])
 
 
-def test_init_from_keeps_the_encodings_weights_where_it_is_the_same_alone(learned, corpus, tmp_path):
+def test_init_from_keeps_the_encodings_weights_where_it_is_the_same_alone(learned, corpus, tmp_path, refuse):
     old = state(learned)["model"]
     stretched = 'learned(overflow="interpolate", factor=2)'
     new = start_from(learned, corpus, tmp_path / "stretched", posenc=stretched, train_length=32)
@@ -249,7 +249,7 @@ def test_init_from_keeps_the_encodings_weights_where_it_is_the_same_alone(learne
     t5 = start_from(learned, corpus, tmp_path / "t5", posenc="t5")["model"]
     assert t5["posenc.0.weight"].shape == (32, 4)
     assert t5["posenc.0.weight"].count_nonzero() == 0
-    refuse(corpus, tmp_path / "long", "learned has 16 positions, 32 are needed", init_from=learned, train_length=32)
+    refuse(tmp_path / "long", "learned has 16 positions, 32 are needed", init_from=learned, train_length=32)
 
 
 def test_compiled_runs_resume_exactly_and_save_plain_names(corpus, tmp_path):
@@ -273,16 +273,22 @@ def test_compiled_runs_resume_exactly_and_save_plain_names(corpus, tmp_path):
 # ---- mistakes: one line, status 2, nothing overwritten
 
 
-def refuse(corpus, out, said, **settings):
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} if out.exists() else None
-    done = run(corpus, out, check=False, **settings)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()
-    assert len(last) == 1, done.stderr
-    assert re.search(said, last[0]), last[0]
-    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} if out.exists() else None
-    assert before == after
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.exists() else None
+
+
+@pytest.fixture
+def refuse(call_script, corpus):
+    """refuse(out, said, **settings): the run ends with one line that matches `said`, status 2, and nothing changed."""
+
+    def check(out, said, **settings):
+        before = contents(out)
+        done = call_script("train.py", *command(corpus, out, **settings)[2:])
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert re.search(said, done.stderr), done.stderr
+        assert before == contents(out)
+
+    return check
 
 
 @pytest.fixture
@@ -291,8 +297,8 @@ def copy(trained, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_changed_config_names_the_keys(copy, corpus):
-    refuse(corpus, copy, r"learning_rate was 0.006 and is now 0.1.*--out_dir", learning_rate=0.1)
+def test_a_changed_config_names_the_keys(copy, refuse):
+    refuse(copy, r"learning_rate was 0.006 and is now 0.1.*--out_dir", learning_rate=0.1)
 
 
 def test_more_steps_may_be_asked_for(copy, corpus):
@@ -301,9 +307,9 @@ def test_more_steps_may_be_asked_for(copy, corpus):
     assert json.loads((copy / "length.json").read_text())["step"] == 26
 
 
-def test_the_best_checkpoint_alone_cannot_go_on(copy, corpus):
+def test_the_best_checkpoint_alone_cannot_go_on(copy, refuse):
     (copy / "ckpt.pt").write_bytes((copy / "best.pt").read_bytes())
-    refuse(corpus, copy, "no optimiser state")
+    refuse(copy, "no optimiser state")
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_checkpoint(corpus, tmp_path, monkeypatch):
@@ -320,45 +326,52 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_checkpoint(corpus, tmp_
     assert state(tmp_path / "run")["step"] == 8
 
 
-def test_a_cut_checkpoint(copy, corpus):
+def test_a_mistake_is_one_line_in_a_process_of_its_own(copy, corpus):
+    done = run(corpus, copy, check=False, n_layer=3)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_cut_checkpoint(copy, refuse):
     whole = (copy / "ckpt.pt").read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 100):
         (copy / "ckpt.pt").write_bytes(whole[:size])
-        refuse(corpus, copy, r"ckpt.pt is (damaged|no checkpoint).*ckpt_prev.pt")
+        refuse(copy, r"ckpt.pt is (damaged|no checkpoint).*ckpt_prev.pt")
 
 
-def test_a_checkpoint_cannot_run_code(copy, corpus, tmp_path):
+def test_a_checkpoint_cannot_run_code(copy, tmp_path, refuse):
     class Trap:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/ran",)
 
     torch.save({"model": Trap(), "step": 1, "config": {}}, copy / "ckpt.pt")
-    refuse(corpus, copy, "more than tensors and plain values")
+    refuse(copy, "more than tensors and plain values")
     (copy / "ckpt.pt").write_bytes(pickle.dumps(Trap()))
-    refuse(corpus, copy, "more than tensors and plain values")
+    refuse(copy, "more than tensors and plain values")
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_foreign_tokenizer(copy, corpus):
+def test_a_foreign_tokenizer(copy, refuse):
     saved = state(copy)
     torch.save(saved | {"tokenizer_fingerprint": "0" * 16}, copy / "ckpt.pt")
-    refuse(corpus, copy, "tokenizer bytes is not the one")
+    refuse(copy, "tokenizer bytes is not the one")
 
 
-def test_a_changed_corpus(copy, corpus):
+def test_a_changed_corpus(copy, refuse):
     saved = state(copy)
     torch.save(saved | {"data_checksum": "0" * 64}, copy / "ckpt.pt")
-    refuse(corpus, copy, "corpus of .* has changed")
+    refuse(copy, "corpus of .* has changed")
 
 
-def test_a_folder_of_other_files(corpus, tmp_path):
+def test_a_folder_of_other_files(tmp_path, refuse):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    refuse(corpus, tmp_path / "mine", "other files")
+    refuse(tmp_path / "mine", "other files")
 
 
-def test_a_batch_that_does_not_divide(corpus, tmp_path):
-    refuse(corpus, tmp_path / "new", "does not divide", micro_batch_size=3)
+def test_a_batch_that_does_not_divide(tmp_path, refuse):
+    refuse(tmp_path / "new", "does not divide", micro_batch_size=3)
     assert not (tmp_path / "new").exists()
 
 
@@ -373,8 +386,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
         assert all(weight.isfinite().all() for weight in state(out, file.name)["model"].values())
 
 
-def test_a_missing_init_from(corpus, tmp_path):
-    refuse(corpus, tmp_path / "new", "no run .*nowhere", init_from="nowhere")
+def test_a_missing_init_from(tmp_path, refuse):
+    refuse(tmp_path / "new", "no run .*nowhere", init_from="nowhere")
 
 
 # ---- pieces
