@@ -195,23 +195,35 @@ class RoPE(Encoding):
 
     name = "rope"
     arguments = {"base": 10000.0, "fraction": 1.0}
+    shared = True
     relative = True
 
     def setup(self):
         self.require(self.head_dim % 2 == 0, f"the width of a head must be even, not {self.head_dim}")
         self.require(self.base > 1, f"base must be above 1, not {self.base}")
         self.require(0 <= self.fraction <= 1, f"fraction must lie in 0 ... 1, not {self.fraction}")
+        self.latest = None, None  # what a table was computed for, and the table
 
     def rotate(self, q, k, q_pos, k_pos):
         return self.turn(q, q_pos), self.turn(k, k_pos)
 
     def turn(self, x, pos):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        angle = angles(pos, self.head_dim, self.base, dtype)  # (T, D/2)
-        angle[:, int(self.fraction * self.head_dim / 2) :] = 0
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = self.table(pos, dtype)  # (T, D/2) each
         a, b = x.to(dtype).chunk(2, dim=-1)  # (B, H, T, D/2) each
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    def table(self, pos, dtype):
+        """Computed once for all layers of a call, which share the tensor `pos` itself; else a quarter of decoding."""
+        key = (pos, dtype, torch.is_inference_mode_enabled())
+        known, table = self.latest
+        if known is None or known[0] is not pos or known[1:] != key[1:]:
+            angle = angles(pos, self.head_dim, self.base, dtype)
+            angle[:, int(self.fraction * self.head_dim / 2) :] = 0
+            table = angle.cos(), angle.sin()
+            if not torch.compiler.is_compiling():
+                self.latest = key, table
+        return table
 
 
 class ALiBi(Encoding):
