@@ -1,5 +1,6 @@
 """Tables and pictures for people, with what made them."""
 
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -56,10 +57,7 @@ def write_table(path, name, lines, command, device, **more):
     """Put Markdown lines into the file at `path`, with the command and the provenance below them: between the comments
     <!-- name --> and <!-- /name --> where the file has them, else as the whole file."""
     made = ", ".join(f"{key} {value}" for key, value in (more | provenance(device)).items())
-    path, text = Path(path), "\n".join([*lines, "", f"Made by `{command}`: {made}."])
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-    if path.exists() and begin in (old := path.read_text()) and end in old:
-        head, _, rest = old.partition(begin)
-        path.write_text(head + begin + text + end + rest.partition(end)[2])
-    else:
-        path.write_text(text + "\n")
+    path, text = Path(path), "\n".join([*lines, "", f"Made by `{command}`: {made}."]) + "\n"
+    old = path.read_text() if path.exists() else ""
+    new, found = re.subn(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", lambda _: text, old)
+    path.write_text(new if found else text)

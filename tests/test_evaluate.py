@@ -110,7 +110,7 @@ def test_the_command_puts_runs_side_by_side(trained, learned, call_script, tmp_p
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("before\n<!-- evaluate -->\n| loss at | 0.5 T | 1 T |")
-    assert page.endswith("\n<!-- /evaluate -->\nafter\n")
+    assert page.endswith(".\n<!-- /evaluate -->\nafter\n")
     assert "old" not in page
     assert page.count("no position") == 4
     assert "Made by `python evaluate.py" in page
@@ -123,6 +123,17 @@ def test_the_command_refuses_in_one_line(trained, call_script):
         done = call_script("evaluate.py", *argv)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert said in done.stderr
+
+
+def test_write_table_leaves_the_rest_of_the_page_alone(tmp_path):
+    page = tmp_path / "page.md"
+    for between in ("", "| old |\n", "<!-- bench -->\n\n"):
+        page.write_text(f"before\n<!-- x -->\n{between}<!-- /x -->\nafter\n")
+        report.write_table(page, "x", ["| \\1 |"], "python x.py", torch.device("cpu"))
+        text = page.read_text()
+        assert text.startswith("before\n<!-- x -->\n| \\1 |\n\nMade by")
+        assert text.endswith(".\n<!-- /x -->\nafter\n")
+        assert "old" not in text
 
 
 def test_write_table_without_markers_is_the_whole_file(tmp_path):
