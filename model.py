@@ -294,7 +294,7 @@ class GPT(nn.Module):
         x = self.token_norm(self.token(tokens))  # (B, T, C)
         added = self.posenc[0].embed(pos)
         if added is not None:
-            x = x + (self.token_norm(added) if self.config.embed_norm else added)
+            x = x + self.token_norm(added.to(x.dtype))  # the identity without embed_norm
         x = self.drop(x)
         for block, encoding in zip(self.blocks, self.posenc, strict=True):
             x = block(x, encoding, pos, k_pos, mask, causal, cache, near, sinks)

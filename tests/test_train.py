@@ -178,9 +178,20 @@ def test_accumulation_changes_nothing_but_rounding(corpus, tmp_path):
     assert metrics(tmp_path / "four", "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), rel=1e-4)
 
 
+def run_and_kill_and_run(corpus, out, **settings):
+    """A run that is killed as soon as it has a checkpoint, and started again."""
+    line = command(corpus, out, **settings)
+    process = subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "ckpt.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    run(corpus, out, **settings)
+
+
 def test_t5_resumes_exactly_on_two_threads(corpus, tmp_path):
     """Its table's gradient is a sum of many terms for one bucket, whose order threads could change."""
-    settings = {"posenc": "t5", "train_length": 64, "batch_size": 2, "n_embd": 64, "max_steps": 8, "length_targets": 0}
+    settings = {"posenc": "t5", "train_length": 128, "batch_size": 2, "n_embd": 64, "max_steps": 8, "length_targets": 0}
     for name in ("one", "two"):
         line = command(corpus, tmp_path / name, **settings)
         subprocess.run(line, env=ENV | {"OMP_NUM_THREADS": "2"}, capture_output=True, check=True)
@@ -191,14 +202,7 @@ def test_t5_resumes_exactly_on_two_threads(corpus, tmp_path):
 def test_half_precision_learns_and_resumes_exactly(corpus, tmp_path, dtype):
     settings = {"dtype": dtype, "max_steps": 16}
     run(corpus, tmp_path / "whole", **settings)
-    process = subprocess.Popen(
-        command(corpus, tmp_path / "parts", **settings), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not (tmp_path / "parts" / "ckpt.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    run(corpus, tmp_path / "parts", **settings)
+    run_and_kill_and_run(corpus, tmp_path / "parts", **settings)
     one, other = state(tmp_path / "whole"), state(tmp_path / "parts")
     assert same(one["model"], other["model"])
     assert same(one["scaler"], other["scaler"])
@@ -255,14 +259,7 @@ def test_init_from_keeps_the_encodings_weights_where_it_is_the_same_alone(learne
 def test_compiled_runs_resume_exactly_and_save_plain_names(corpus, tmp_path):
     settings = {"compile": True, "max_steps": 8, "n_layer": 1}
     run(corpus, tmp_path / "whole", **settings)
-    process = subprocess.Popen(
-        command(corpus, tmp_path / "parts", **settings), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not (tmp_path / "parts" / "ckpt.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    run(corpus, tmp_path / "parts", **settings)
+    run_and_kill_and_run(corpus, tmp_path / "parts", **settings)
     assert same(state(tmp_path / "whole")["model"], state(tmp_path / "parts")["model"])
     assert not any("_orig_mod" in name for name in state(tmp_path / "whole")["model"])
     run(corpus, tmp_path / "plain", **settings | {"compile": False})
