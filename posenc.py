@@ -163,7 +163,7 @@ class Learned(Encoding):
             "interpolate": int(self.train_length * self.factor),
         }[self.overflow]
         self.way_out = (
-            "a learned table has no rows past its training length. Re-encode the last T tokens at every step (crop), "
+            "a learned table has no rows past its training length. Re-encode the last T tokens at every step (--crop), "
             """or set posenc to 'learned(overflow="clamp")' or 'learned(overflow="interpolate", factor=8)'"""
         )
 
