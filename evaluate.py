@@ -134,9 +134,11 @@ def main(argv):
     options = make(Options, given)
     if not paths:
         raise UserError(f"which runs? usage: {Options.usage}")
+    opened_runs = [runs.open_run(path) for path in paths]  # all of them first: a mistake comes before the work
+    if len({opened.config.tokenizer for opened in opened_runs}) > 1:
+        raise UserError("these runs have different tokenizers: a loss per token does not compare them")
     results, seeds = {}, []
-    for path in paths:
-        opened = runs.open_run(path)
+    for path, opened in zip(paths, opened_runs, strict=True):
         config, device = opened.config, devices.choose(options.device, opened.config.dtype)
         config.data_dir = options.data_dir or config.data_dir
         dataset = data.open_dataset(config, opened.encoding)
@@ -145,9 +147,6 @@ def main(argv):
         name = Path(path).name if len({Path(one).name for one in paths}) == len(paths) else path
         results[name] = length_loss(opened.model.to(device.device), dataset, device, options.targets)
         seeds.append(config.seed)
-        if Path(path).is_dir():
-            kept = runs.read_json(Path(path) / "length.json")
-            runs.write_json(Path(path) / "length.json", kept | results[name] | report.provenance(device.device))
     lines = table(results)
     print("\n".join(lines))
     if options.table:
