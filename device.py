@@ -153,7 +153,7 @@ class Stop:
     """SIGTERM and Ctrl-C ask the run to finish its step, save and leave; a second Ctrl-C ends it at once."""
 
     def __init__(self, device):
-        self.signal, self.device, self.group = 0, device, None
+        self.signal, self.group = 0, None
         if device.world > 1:  # a group of its own on the CPU, so that asking costs the GPU no synchronisation
             self.group = dist.new_group(backend="gloo")
         for number in (signal.SIGTERM, signal.SIGINT):

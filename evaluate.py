@@ -77,7 +77,8 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
     windows = long_windows(dataset, fit[-1], scored, count)
     mine = windows[device.rank :: device.world]
     losses = []
-    for length in (length for length in fit if length <= model.max_length):
+    reached = [length for length in fit if length <= model.max_length]
+    for length in reached:
         nats = 0.0
         for rows in batches(mine, max(1, budget // length)):
             rows = rows[:, -length - 1 :].to(device.device)
@@ -91,7 +92,7 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
         losses.append(total / (len(windows) * scored))
     return {
         "train_length": T,
-        "lengths": [length for length in fit if length <= model.max_length],
+        "lengths": reached,
         "loss": losses,
         "targets": len(windows) * scored,
         "max_length": None if model.max_length == math.inf else model.max_length,

@@ -35,10 +35,8 @@ def test_the_same_seed_gives_the_same_text_and_samples_differ(trained, call_scri
     assert re.sub(r"\n\[.*?\]\n", "", first).strip() != second.strip()
 
 
-@pytest.mark.parametrize("prompt", ["", "naïve 日本語 👩‍👩‍👧", "tab\tnew\nline\x00", os.fsdecode(b"\xff not UTF-8")])
+@pytest.mark.parametrize("prompt", ["", "naïve 日本語 👩‍👩‍👧", "tab\tnew\nline", os.fsdecode(b"\xff not UTF-8")])
 def test_any_prompt_works(trained, call_script, prompt):
-    if "\x00" in prompt:
-        pytest.skip("no operating system passes a zero byte in an argument")
     done = call_script("sample.py", trained, f"--prompt={prompt}", "--tokens=5")
     assert done.returncode == 0, done.stderr
     assert "5 tokens in" in done.stdout
