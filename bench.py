@@ -89,7 +89,7 @@ def decoder(config, device, context, count):
     spec = ENCODINGS[config.posenc].unbounded or config.posenc
     model = runs.build(dataclasses.replace(config, posenc=spec), device.device).eval()
     tokens = torch.randint(config.vocab_size, (1, context), device=device.device)
-    cache = Cache()
+    cache = Cache(length=context + count)
     with torch.inference_mode(), device.autocast():
         for part in tokens.split(512, dim=1):
             model(part, cache=cache, last=1)

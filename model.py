@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens of this call, S keys (those of this call and those
 H heads of width D, V tokens in the vocabulary. Position enters through posenc.py alone.
 """
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import posenc
+
+CHUNK = 256  # queries whose logits are in memory at once, where attention is written out or has a bias
 
 
 @dataclass
@@ -80,16 +84,20 @@ def require(condition, message):
 
 
 class Cache:
-    """Keys and values of every layer, preallocated and doubled when full, with the position of every kept token.
+    """Keys, values and what else an encoding keeps for every token and layer, preallocated and doubled when full, with
+    the position of every kept token.
 
     A window bounds it: tokens that no later query can see are dropped, so memory and time per token stay constant.
+    `length` is the number of tokens that will ever enter, for encodings that scale with the context; by default those
+    that have entered so far.
     """
 
-    def __init__(self, window=None, sinks=0):
-        self.window, self.sinks = window, sinks
+    def __init__(self, window=None, sinks=0, log_n=False, length=0):
+        self.window, self.sinks, self.log_n, self.whole = window, sinks, log_n, length
         self.next = 0  # the position of the next token
         self.length = 0  # tokens held
-        self.layers = {}  # layer -> {name: (B, H_kv, capacity, D)}
+        self.new = 0  # those of them that the present call brought
+        self.layers = {}  # layer -> {name: (B, H, capacity, any)}
         self.pos = None  # (length,)
 
     def advance(self, pos, end):
@@ -98,11 +106,16 @@ class Cache:
         if self.window and self.length > 2 * (self.window + self.sinks):
             self.drop(self.length - self.window - self.sinks)
         self.pos = pos if self.pos is None else torch.cat((self.pos, pos))
-        self.length, self.next = len(self.pos), end
+        self.length, self.new, self.next = len(self.pos), len(pos), end
         return self.pos
 
+    def last(self, layer):
+        """{name: (B, H, 1, any)} of the token before those just announced by `advance`, or {}."""
+        index = self.length - self.new
+        return {name: x[:, :, index - 1 : index] for name, x in self.layers.get(layer, {}).items() if index}
+
     def append(self, layer, **new):
-        """new: name -> (B, H, T, D) of the tokens just announced by `advance`; returns name -> (B, H, S, D)."""
+        """new: name -> (B, H, T, any) of the tokens just announced; returns name -> (B, H, S, any) of all."""
         held = self.layers.setdefault(layer, {})
         for name, x in new.items():
             old = held.get(name)
@@ -110,8 +123,8 @@ class Cache:
                 held[name] = x.new_empty(*x.shape[:2], max(64, 2 * self.length), x.shape[3])
                 if old is not None:
                     held[name][:, :, : old.shape[2]] = old
-            held[name][:, :, self.length - x.shape[2] : self.length] = x
-        return [held[name][:, :, : self.length] for name in new]
+            held[name][:, :, self.length - self.new : self.length] = x
+        return {name: x[:, :, : self.length] for name, x in held.items()}
 
     def drop(self, count):
         """Forget the `count` oldest tokens after the sinks."""
@@ -122,6 +135,41 @@ class Cache:
         self.length -= count
 
 
+class Memory:
+    """Transformer-XL's recurrence (Dai et al. 2019, section 3.2): what entered every layer for the last segment, without
+    its gradient. It stands before the tokens of the next segment, so keys and values reach back over it."""
+
+    def __init__(self):
+        self.next = 0  # the position of the next token
+        self.pos, self.layers = None, {}  # positions (M,), layer -> (B, M, C)
+
+    def advance(self, pos, end):
+        """Take in the positions (T,) of a segment, and the one that follows; returns those of all its keys (S,)."""
+        before, self.pos, self.next = self.pos, pos, end
+        return pos if before is None else torch.cat((before, pos))
+
+    def extend(self, layer, x):
+        """x (B, T, C) -> (B, S, C), the memory before it; and x is the next memory."""
+        before, self.layers[layer] = self.layers.get(layer), x.detach()
+        return x if before is None else torch.cat((before, x), dim=1)
+
+
+@dataclass
+class Call:
+    """What all layers share in one call of the model."""
+
+    pos: torch.Tensor  # (T,) indices of this call's tokens
+    k_pos: torch.Tensor  # (S,) of the keys, whose last are this call's
+    seen: torch.Tensor | None  # (T, S) bool; None where every key up to the query's own is seen
+    near: torch.Tensor | None  # (T,) where queries stand for sinks that lie before a window
+    sinks: int
+    length: int  # tokens in the whole context
+    reach: int  # of them at most as many are seen at once
+    temper: torch.Tensor | None  # (T, 1) factors on the queries
+    cache: Cache | None
+    memory: Memory | None
+
+
 def visible(q_pos, k_pos, window=None, sinks=0):
     """(T,), (S,) -> (T, S) bool: keys no later than their query and, with a window W, either n < W or a sink."""
     n = q_pos[:, None] - k_pos
@@ -129,28 +177,40 @@ def visible(q_pos, k_pos, window=None, sinks=0):
     return seen if window is None else seen & ((n < window) | (k_pos < sinks))
 
 
-def attend(q, k, v, mask=None, causal=False, dropout=0.0):
-    """softmax(q k^T / sqrt(D) + mask) v, with q (B, H, T, D) and k, v (B, H_kv, S, D) -> (B, H, T, D).
+def fused(encoding, q):
+    """Whether the fused kernel computes what this encoding asks for. In half precision it would round biases, which
+    merges distances; and on the CPU the one for bfloat16 is several times slower than plain products."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return not (encoding.writes_out or slow or (half and encoding.biases))
 
-    mask: None, bool (T, S), or float (T, S) or (H, T, S) added to the logits. causal, in place of a mask and for T = S
-    alone: query t sees keys up to t. (For T < S the kernel would align that triangle at the top left.)
+
+def attend(encoding, q, k, v, q_pos, k_pos, seen=None, sunk=None, dropout=0.0, state=None):
+    """Attention of queries (B, H, T, D) over keys and values (B, H_kv, S, D) -> (B, H, T, D).
+
+    q and k are as `encoding.rotate` left them. seen (T, S) bool; None means keys up to the query's own, the queries being
+    the last T of the tokens. sunk: (q, k, positions (T,), which keys are sinks (S,)) for keys met at other distances.
     """
-    half, biased = q.dtype in (torch.bfloat16, torch.float16), mask is not None and mask.is_floating_point()
-    if half and (biased or (q.device.type == "cpu" and q.dtype == torch.bfloat16)):
-        # Written out: fused kernels would round biases to half precision, which merges distances; and on the CPU the
-        # one for bfloat16 is several times slower than plain products.
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
-        if causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-        return F.dropout(logits.softmax(-1).to(v.dtype), dropout) @ v
-    mask = mask.to(q.dtype) if biased else mask
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    if sunk is None and fused(encoding, q):
+        causal, mask = seen is None and len(q_pos) == len(k_pos) and len(q_pos) > 1, seen
+        if encoding.biases or (seen is None and 1 < len(q_pos) < len(k_pos)):
+            mask = visible(q_pos, k_pos) if seen is None else seen
+            if encoding.biases:
+                mask, causal = encoding.bias(q_pos, k_pos).masked_fill(~mask, -math.inf).to(q.dtype), False
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    groups = q.shape[1] // k.shape[1]
+    repeat = lambda x: x.repeat_interleave(groups, dim=1) if groups > 1 else x  # noqa: E731
+    seen, state = visible(q_pos, k_pos) if seen is None else seen, state or {}
+    logits = encoding.logits(q, repeat(k), q_pos, k_pos, seen, **state)  # (B, H, T, S)
+    if sunk is not None:
+        near_q, near_k, near, sink = sunk
+        logits = torch.where(sink, encoding.logits(near_q, repeat(near_k), near, k_pos, seen, **state), logits)
+    logits = logits if encoding.biases and not encoding.writes_out else logits.masked_fill(~seen, -math.inf)
+    weights = F.dropout(logits.softmax(-1).to(v.dtype), dropout)
+    y, more = weights @ repeat(v), encoding.values(weights, q_pos, k_pos)
+    return y if more is None else y + more
 
 
 class Attention(nn.Module):
@@ -161,51 +221,70 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, encoding, pos, k_pos, mask, causal, cache, near, sinks):
-        B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
+    def forward(self, x, encoding, call):
+        B, M, C = x.shape  # M tokens: the call's T, after those of a memory
+        T, cache = len(call.pos), call.cache
+        pos, k_pos = (encoding.positions(p, call.length) for p in (call.pos, call.k_pos))
+        qkv = self.qkv(x).view(B, M, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, M, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        q = q[:, :, M - T :]
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
-        unturned = q
+        if call.temper is not None:
+            q = q * call.temper.to(q.dtype)
+        state, plain = encoding.state(x, cache.last(self.layer) if cache else {}), q
         if encoding.rotate_once:
-            q, k = encoding.rotate(q, k, pos, pos)
+            q, k = encoding.rotate(q, k, pos, pos if M == T else k_pos, call.reach)
         if cache is not None:
-            k, v = cache.append(self.layer, k=k, v=v)
+            state = cache.append(self.layer, k=k, v=v, **state)
+            k, v = state.pop("k"), state.pop("v")
+        sunk, keys = None, k
         if not encoding.rotate_once:
-            q, k = encoding.rotate(q, k, pos, k_pos)
-        bias = encoding.bias(pos, k_pos)  # (H, T, S) or None
-        if near is not None and encoding.relative:
-            # Sinks are met by queries at `near`, other keys by queries at `pos`: both products in one, side by side.
-            sink = k_pos < sinks
-            turned, _ = encoding.rotate(unturned, k[:, :, :1], near, k_pos[:1])
-            q = torch.cat((q, turned), dim=-1) * 2**0.5  # `attend` divides by the root of a width that has doubled
-            k = torch.cat((k * ~sink[:, None], k * sink[:, None]), dim=-1)
-            bias = bias if bias is None else torch.where(sink, encoding.bias(near, k_pos), bias)
-        if bias is not None:
-            seen = visible(pos, k_pos) if mask is None else mask
-            mask, causal = bias.masked_fill(~seen, -math.inf), False
-        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
+            q, k = encoding.rotate(plain, keys, pos, k_pos, call.reach)
+        if call.near is not None and encoding.relative:
+            # Sinks are met by queries at `near`. A key that was rotated once stays as it is.
+            only = slice(1 if encoding.rotate_once else None)
+            near_q, near_k = encoding.rotate(plain, keys[:, :, only], call.near, k_pos[only], call.reach)
+            sunk = near_q, k if encoding.rotate_once else near_k, call.near, k_pos < call.sinks
+        dropout, S = self.dropout if self.training else 0.0, len(k_pos)
+        if T <= CHUNK or (sunk is None and not encoding.biases and fused(encoding, q)):
+            y = attend(encoding, q, k, v, pos, k_pos, call.seen, sunk, dropout, state)
+        else:  # so that memory grows with S, not with T S; and gradients recompute a chunk's logits
+            parts = []
+            for begin in range(0, T, CHUNK):
+                rows = slice(begin, min(T, begin + CHUNK))
+                end = S - T + rows.stop  # later keys are not seen
+                part = functools.partial(
+                    attend, encoding, q[:, :, rows], k[:, :, :end], v[:, :, :end], pos[rows], k_pos[:end],
+                    None if call.seen is None else call.seen[rows, :end],
+                    None if sunk is None else (sunk[0][:, :, rows], sunk[1][:, :, :end], sunk[2][rows], sunk[3][:end]),
+                    dropout, {name: x[:, :, :end] for name, x in state.items()},
+                )  # fmt: skip
+                parts.append(checkpoint(part, use_reentrant=False) if torch.is_grad_enabled() else part())
+            y = torch.cat(parts, dim=2)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.activation = config.activation
+        self.activation, self.hidden = config.activation, config.hidden
         gates = 2 if config.activation == "swiglu" else 1
         self.fc = nn.Linear(config.n_embd, gates * config.hidden, bias=config.bias)
         self.proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x, added=None):
+        """x (B, T, C), added (T, hidden) to what the activation meets."""
         x = self.fc(x)  # (B, T, hidden), twice as wide for swiglu
+        x, gated = (x, None) if self.activation != "swiglu" else x.chunk(2, dim=-1)
+        if added is not None:
+            x = x + added.to(x.dtype)
         if self.activation == "relu2":
             x = F.relu(x).square()
         elif self.activation == "gelu":
             x = F.gelu(x)
         else:
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
+            x = F.silu(x) * gated
         return self.proj(x)
 
 
@@ -222,9 +301,11 @@ class Block(nn.Module):
         self.ff_norm, self.ff = make_norm(config), FeedForward(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, *position):
-        x = x + self.drop(self.attn(self.attn_norm(x), *position))
-        return x + self.drop(self.ff(self.ff_norm(x)))
+    def forward(self, x, encoding, call):
+        context = x if call.memory is None else call.memory.extend(self.attn.layer, x)
+        x = x + self.drop(self.attn(self.attn_norm(context), encoding, call))
+        added = encoding.ffn(encoding.positions(call.pos, call.length), self.ff.hidden)
+        return x + self.drop(self.ff(self.ff_norm(x), added))
 
 
 class GPT(nn.Module):
@@ -265,39 +346,59 @@ class GPT(nn.Module):
             else:
                 parameter.fill_(1.0 if name == "weight" else 0.0)  # normalisation weights; biases
 
-    def forward(self, tokens, targets=None, pos=None, cache=None, window=None, sinks=0, last=None):
+    def forward(
+        self, tokens, targets=None, pos=None, cache=None, window=None, sinks=0, log_n=False, last=None, segments=1,
+        memory=None,
+    ):  # fmt: skip
         """tokens (B, T) -> logits (B, T, V), or with targets (B, T) the loss of every token in nats (B, T).
 
         A target of -1 counts as 0. pos (T,) are ascending positions, by default those that follow the cache's. `last`
         keeps only that many final positions of the output (targets are then (B, last)). A window W hides keys at
         distance W and beyond, except the first `sinks` tokens. Relative encodings see those as if they lay just before
         the window (StreamingLLM, Xiao et al. 2023): at their true distance they would be farther than training showed.
-        ValueError for positions past `max_length`.
+        log_n multiplies queries by ln n / ln T where they see n > T tokens, which keeps attention from spreading (Su
+        2021, kexue.fm/archives/8823). `segments` reads the tokens in so many equal parts, each over a memory of the one
+        before. ValueError for positions past `max_length`.
         """
+        if segments > 1:
+            memory, parts = Memory(), zip(*(x.chunk(segments, dim=1) for x in (tokens, targets)), strict=True)
+            return torch.cat([self(x, y, memory=memory) for x, y in parts], dim=1)
         T = tokens.shape[1]
         if cache is not None:
-            window, sinks = cache.window, cache.sinks
+            window, sinks, log_n = cache.window, cache.sinks, cache.log_n
+        past = memory if cache is None else cache
         if pos is None:
-            start = cache.next if cache is not None else 0
+            start = past.next if past is not None else 0
             pos, end = torch.arange(start, start + T, device=tokens.device), start + T
         else:
             end = int(pos[-1]) + 1
         self.check_length(end)
         fresh = cache is None or cache.length == 0
-        k_pos = pos if cache is None else cache.advance(pos, end)
-        # The kernel's own causal mask serves a first call; one query over a whole cache needs no mask at all.
-        causal = fresh and window is None and T > 1
-        unmasked = window is None and T == 1
-        mask = None if causal or unmasked else visible(pos, k_pos, window, sinks)
-        near = pos.clamp(max=window + sinks - 1) if window is not None and sinks else None
+        k_pos = past.advance(pos, end) if past is not None else pos
+        length, limit = max(end, cache.whole if cache else 0), window + sinks if window else math.inf
+        # One query over a whole cache needs no mask at all, and a first call the kernel's own.
+        unmasked = window is None and (fresh or T == 1)
+        reach, trained = min(length, limit), self.config.sizes["train_length"]
+        call = Call(
+            pos=pos,
+            k_pos=k_pos,
+            seen=None if unmasked else visible(pos, k_pos, window, sinks),
+            near=pos.clamp(max=reach - 1) if window and sinks else None,
+            sinks=sinks,
+            length=length,
+            reach=reach,
+            temper=(pos[:, None] + 1).clamp(trained, max(trained, reach)).log() / math.log(trained) if log_n else None,
+            cache=cache,
+            memory=memory,
+        )
 
         x = self.token_norm(self.token(tokens))  # (B, T, C)
-        added = self.posenc[0].embed(pos)
-        if added is not None:
-            x = x + self.token_norm(added.to(x.dtype))  # the identity without embed_norm
+        first = self.posenc[0]
+        if first.embeds:
+            x = x + self.token_norm(first.embed(first.positions(pos, length)).to(x.dtype))  # no norm: the identity
         x = self.drop(x)
         for block, encoding in zip(self.blocks, self.posenc, strict=True):
-            x = block(x, encoding, pos, k_pos, mask, causal, cache, near, sinks)
+            x = block(x, encoding, call)
         logits = self.head(self.norm(x if last is None else x[:, -last:]))
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
@@ -306,6 +407,11 @@ class GPT(nn.Module):
         logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
         return loss.view(targets.shape)
+
+    def redraw(self, length, seed):
+        """Before a training step on windows of `length` tokens: encodings with random positions draw them anew."""
+        for encoding in self.posenc:
+            encoding.redraw(length, torch.Generator().manual_seed(seed))
 
     def check_length(self, length):
         """ValueError where the encoding has no positions for `length` tokens."""
@@ -345,12 +451,13 @@ def draw(logits, temperature, top_k, top_p, generator):
 
 @torch.inference_mode()
 def generate(
-    model, tokens, count, *, temperature=1.0, top_k=0, top_p=1.0, seed=0, window=None, sinks=0, crop=None,
+    model, tokens, count, *, temperature=1.0, top_k=0, top_p=1.0, seed=0, window=None, sinks=0, log_n=False, crop=None,
     forbidden=(), chunk=1024,
 ):  # fmt: skip
     """Continue tokens (B, T >= 1): yields `count` times the next token of every sequence, (B,).
 
     window, sinks: attend to the last `window` tokens and the first `sinks` alone, over a cache that stays that small.
+    log_n: see GPT.forward.
     crop: no cache; re-encode the last `crop` tokens from position 0 for every token. forbidden: ids never drawn. The
     prompt enters in chunks of `chunk` tokens, which bounds the memory of its attention.
     """
@@ -358,7 +465,7 @@ def generate(
     barred = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     barred[list(forbidden)] = True
     barred = barred.to(tokens.device)
-    cache, new = Cache(window, sinks), tokens
+    cache, new = Cache(window, sinks, log_n, tokens.shape[1] + count - 1), tokens
     if crop is None:
         model.check_length(tokens.shape[1] + count - 1)
     for _ in range(count):

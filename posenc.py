@@ -3,18 +3,21 @@
 Attention by itself is a function of a set. Position can enter a transformer at a few places, and an encoding is a class
 that overrides the hooks it needs:
 
-    embed(pos)                         (T,) -> (T, C)          added to the token embeddings
-    rotate(q, k, q_pos, k_pos)         -> q, k                 queries (B, H, T, D), keys (B, H_kv, S, D), transformed
-    distance_bias(n)                   (...) -> (H, ...)       added to the logits, from the distance n = i - j alone
-    bias(q_pos, k_pos)                 -> (H, T, S)            the same where i and j themselves matter
+    embed(pos)                                (T,) -> (T, C)    added to the token embeddings
+    ffn(pos, width)                           (T,) -> (T, width) added inside the feed-forward layer
+    rotate(q, k, q_pos, k_pos, length)        -> q, k           queries (B, H, T, D), keys (B, H_kv, S, D), transformed
+    distance_bias(n)                          (...) -> (H, ...) added to the logits, from the distance n = i - j alone
+    bias(q_pos, k_pos)                        -> (H, T, S)      the same where i and j themselves matter
+    logits(q, k, q_pos, k_pos, seen, **state) -> (B, H, T, S)   where the content matters too
+    values(weights, q_pos, k_pos)             -> (B, H, T, D)   added to what attention reads
 
 Two rules prevent most bugs. Positions are explicit int64 tensors: nothing here derives a position from a shape, so a
 cache, a shifted window or a random position needs no special case. Angles, distances and biases are computed in float32
 (float64 when the model is) and cast last: bfloat16 cannot tell positions above 256 apart.
 
-i is a query's position, j a key's, n = i - j >= 0, D the width of a head, C of the model, T the training length.
-To add an encoding, write one class below. Its name is then a value of the `posenc` flag, and the tests and the
-benchmark find it by themselves.
+i is a query's position, j a key's, n = i - j >= 0, D the width of a head, C of the model, H the number of heads, T the
+training length. To add an encoding, write one class below. Its name is then a value of the `posenc` flag, and the tests,
+the benchmark and the gallery find it by themselves.
 """
 
 import ast
@@ -44,16 +47,23 @@ class Encoding(nn.Module):
     max_length = math.inf  # positions that exist are 0 ... max_length - 1
     way_out = ""  # what to do past max_length
     unbounded = None  # the flag's value that gives it positions without end, where its default has none
+    variants = ()  # further values of the flag that are worth training, testing and showing
+    stretches = ()  # values of the flag to try on a finished run of this encoding, at test time
 
     def __init_subclass__(cls):
+        cls.embeds = cls.embed is not Encoding.embed
+        cls.biases = cls.bias is not Encoding.bias or cls.distance_bias is not Encoding.distance_bias
+        cls.writes_out = cls.logits is not Encoding.logits or cls.values is not Encoding.values  # no fused kernel
         if cls.name:
             ENCODINGS[cls.name] = cls
 
     def __init__(self, n_embd, n_head, n_kv_head, head_dim, train_length, layer, **arguments):
         super().__init__()
-        self.n_embd, self.n_head, self.n_kv_head, self.head_dim = n_embd, n_head, n_kv_head, head_dim
-        self.train_length, self.layer = train_length, layer
-        for key, value in self.checked(arguments).items():
+        self.sizes = dict(
+            n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, train_length=train_length, layer=layer
+        )
+        self.kept = {}  # see `once`
+        for key, value in (self.sizes | self.checked(arguments)).items():
             setattr(self, key, value)
         self.setup()
 
@@ -79,30 +89,74 @@ class Encoding(nn.Module):
         """Create parameters and check arguments (ValueError)."""
 
     def init_parameter(self, name, parameter, generator):
-        """Draw the parameter called `name`, in place. Here: zeros."""
+        """Draw the parameter called `name`, in place. Here: matrices of linear layers from N(0, 1 / inputs), else zeros."""
         parameter.zero_()
+        if parameter.dim() == 2 and name.endswith(".weight"):
+            parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+
+    def redraw(self, length, generator):
+        """Called before every training step with the length of its windows: the place for random positions."""
+
+    def positions(self, pos, length):
+        """Indices of tokens (T,) -> the positions that the hooks are given, in a context of `length` tokens."""
+        return pos
 
     def embed(self, pos):
         """pos (T,) -> (T, C) added to the token embeddings, or None."""
         return None
 
-    def rotate(self, q, k, q_pos, k_pos):
-        """q (B, H, T, D), k (B, H_kv, S, D), q_pos (T,), k_pos (S,) -> q, k of the same shapes and dtypes."""
+    def ffn(self, pos, width):
+        """pos (T,) -> (T, width) added before the activation of the feed-forward layer of that width, or None."""
+        return None
+
+    def rotate(self, q, k, q_pos, k_pos, length):
+        """q (B, H, T, D), k (B, H_kv, S, D), q_pos (T,), k_pos (S,) -> q, k of the same shapes and dtypes.
+
+        length: tokens in the whole context, including those to come, for what is scaled to it."""
         return q, k
 
     def distance_bias(self, n):
-        """n >= 0, int64 of any shape -> (H, *n.shape), added to the logits after their division by sqrt(D), or None."""
-        return None
+        """n >= 0, int64 of any shape -> (H, *n.shape), added to the logits after their division by sqrt(D)."""
 
     def bias(self, q_pos, k_pos):
-        """q_pos (T,), k_pos (S,) -> (H, T, S) added to the logits, or None. The causal mask is not its business."""
-        if type(self).distance_bias is Encoding.distance_bias:
-            return None  # and no T x S tensor of distances
-        return self.distance_bias((q_pos[:, None] - k_pos).clamp(min=0))
+        """q_pos (T,), k_pos (S,) -> (H, T, S) added to the logits. The causal mask is not its business."""
+        return self.distance_bias(distances(q_pos, k_pos))
+
+    def state(self, x, last):
+        """The layer's input x (B, T, C) -> {name: (B, H, T, any)} to keep for every token, as its key is kept, and to
+        give to `logits`. last: the same of the token before, or {}."""
+        return {}
+
+    def logits(self, q, k, q_pos, k_pos, seen, **state):
+        """q (B, H, T, D), k (B, H, S, D), both as `rotate` left them, seen (T, S) bool, state (B, H, S, any) ->
+        (B, H, T, S). The queries are the last T of the keys' tokens. Whoever overrides it gives up the fused kernel."""
+        logits = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        return logits + self.bias(q_pos, k_pos).masked_fill(~seen, -math.inf) if self.biases else logits
+
+    def values(self, weights, q_pos, k_pos):
+        """weights of attention (B, H, T, S) -> (B, H, T, D) added to their mean of the values, or None."""
+        return None
 
     def require(self, condition, message):
         if not condition:
             raise ValueError(f"{self.name}: {message}")
+
+    def once(self, key, compute):
+        """compute(), or what it gave for the same key before. A tensor in the key is itself alone, not its equals: all
+        layers of a call share their tensors of positions."""
+        if torch.compiler.is_compiling():
+            return compute()
+        mark = (torch.is_inference_mode_enabled(), *(id(part) if torch.is_tensor(part) else part for part in key))
+        if mark not in self.kept:
+            self.kept = dict(list(self.kept.items())[-3:])
+            self.kept[mark] = key, compute()  # the key too, or another tensor could get its id
+        return self.kept[mark][1]
+
+    def once_per_weights(self, key, compute):
+        """The same for what depends on the parameters: kept until they change, and computed anew where gradients flow."""
+        if torch.is_grad_enabled():
+            return compute()
+        return self.once((*key, *((p.data_ptr(), p._version) for p in self.parameters())), compute)
 
 
 class NoPE(Encoding):
@@ -135,8 +189,7 @@ class Sinusoidal(Encoding):
         self.require(self.base > 1, f"base must be above 1, not {self.base}")
 
     def embed(self, pos):
-        angle = angles(pos, self.n_embd, self.base)
-        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)  # (T, C), sines at even columns
+        return sinusoids(pos, self.n_embd, self.base)
 
 
 class Learned(Encoding):
@@ -179,6 +232,203 @@ class Learned(Encoding):
         return torch.lerp(F.embedding(low, self.weight), F.embedding(high, self.weight), (place - low)[:, None])
 
 
+class Fourier(Encoding):
+    """A learned function of position: sines of learned frequencies through a small network (after Li et al. 2021).
+
+        PE[p] = W2 gelu(W1 [cos(p w), sin(p w), ln(1 + p)]),  w of C/2 frequencies drawn log-uniform in [1e-4, 1]
+
+    Added to the token embeddings; about 2 C^2 parameters, whatever the length. Without the network and at the fixed
+    frequencies of `sinusoidal` it is that encoding. Past T it is defined everywhere and trained nowhere: the network
+    meets phases of its slow waves, and logarithms, that it never saw, and the loss climbs as it does for sinusoids.
+    """
+
+    name = "fourier"
+    shared = True
+
+    def setup(self):
+        self.frequency = nn.Parameter(torch.empty(self.n_embd // 2))
+        self.inner = nn.Linear(2 * (self.n_embd // 2) + 1, self.n_embd)
+        self.outer = nn.Linear(self.n_embd, self.n_embd)
+
+    def init_parameter(self, name, parameter, generator):
+        super().init_parameter(name, parameter, generator)
+        if name == "frequency":
+            parameter.uniform_(math.log(1e-4), 0, generator=generator).exp_()
+
+    def embed(self, pos):
+        with torch.autocast(pos.device.type, enabled=False):
+            p = pos[:, None].to(self.frequency.dtype)
+            angle = p * self.frequency
+            features = torch.cat((angle.cos(), angle.sin(), torch.log1p(p)), dim=-1)  # (T, C + 1)
+            return self.outer(F.gelu(self.inner(features)))
+
+
+class Recurrent(Encoding):
+    """Every position's vector from the one before it (the discrete form of FLOATER, Liu et al. 2020).
+
+        learned:  PE[p] = PE[p-1] + W2 gelu(W1 norm(PE[p-1])),  PE[0] learned
+        linear:   x_p = 2 cos(w) x_{p-1} - x_{p-2}, which is sin(p w) or cos(p w): exactly `sinusoidal`
+
+    Added to the token embeddings. learned has 2 C^2 parameters and takes T small steps one after the other, rolled out
+    once a training step and once per weights afterwards. Past T it goes on from where it was, into places that training
+    never saw. Trap: the two-term form drifts (.39 at p = 16,000 for w = .001, in float32), so linear is rolled out as
+    products of rotations in float64.
+    """
+
+    name = "recurrent"
+    arguments = {"form": ("learned", "linear"), "base": 10000.0}
+    shared = True
+
+    def setup(self):
+        self.require(self.n_embd % 2 == 0, f"n_embd must be even, not {self.n_embd}")
+        self.require(self.base > 1, f"base must be above 1, not {self.base}")
+        if self.form == "learned":
+            self.start = nn.Parameter(torch.empty(self.n_embd))
+            self.inner, self.outer = nn.Linear(self.n_embd, self.n_embd), nn.Linear(self.n_embd, self.n_embd)
+
+    def init_parameter(self, name, parameter, generator):
+        super().init_parameter(name, parameter, generator)
+        if name == "start":
+            parameter.normal_(generator=generator)
+
+    def embed(self, pos):
+        rows = self.train_length
+        while rows <= int(pos[-1]):
+            rows *= 2
+        if self.form == "linear":
+            table = self.once((rows, pos.device), lambda: self.roll_linear(rows).to(pos.device))
+        else:
+            table = self.once_per_weights((rows,), lambda: self.roll_learned(rows))
+        return F.embedding(pos, table)
+
+    def roll_learned(self, rows):
+        with torch.autocast(self.start.device.type, enabled=False):
+            x = [self.start]
+            for _ in range(rows - 1):
+                x.append(x[-1] + self.outer(F.gelu(self.inner(F.rms_norm(x[-1], x[-1].shape)))))
+            return torch.stack(x)
+
+    def roll_linear(self, rows):
+        turn = torch.polar(torch.ones(self.n_embd // 2).double(), frequencies(self.n_embd, self.base, torch.float64))
+        turned = turn.expand(rows - 1, -1).cumprod(dim=0)
+        turned = torch.cat((torch.ones_like(turn)[None], turned))
+        return torch.stack((turned.imag, turned.real), dim=-1).flatten(-2).float()
+
+
+class FeedForwardPE(Encoding):
+    """Sinusoids added inside the feed-forward layers: attention gets no position (a proposal without a paper).
+
+        FFN(x) = W2 act(W1 x + b1 + PE[p]),  PE the sinusoids of `sinusoidal`, as wide as the layer
+
+    No parameters. What a position's own activations say of it reaches the others through the layers above. Past T it is
+    as lost as other absolute codes.
+    """
+
+    name = "ffn"
+    arguments = {"base": 10000.0}
+    shared = True
+
+    def setup(self):
+        self.require(self.base > 1, f"base must be above 1, not {self.base}")
+
+    def ffn(self, pos, width):
+        self.require(width % 2 == 0, f"the feed-forward layer must have an even width, not {width}")
+        return self.once((pos, width), lambda: sinusoids(pos, width, self.base))
+
+
+class ScaledBias(Encoding):
+    """A learned scalar for every head and distance, inside the division by sqrt(D) (a proposal without a paper).
+
+        softmax((q k^T + B) / sqrt(D)),  B[h, min(n, T - 1)] starting at zero
+
+    T H parameters a layer. Distances past T share the last entry, which only one query of a window trains, so the loss
+    rises past T. Trap: what is learned counts 1 / sqrt(D) times as much as in `t5` or `alibi`: .5 acts as .0625 at
+    D = 64.
+    """
+
+    name = "scaled_bias"
+    relative = True
+
+    def setup(self):
+        self.weight = nn.Parameter(torch.empty(self.train_length, self.n_head))
+
+    def distance_bias(self, n):
+        return F.embedding(n.clamp(max=self.train_length - 1), self.weight).movedim(-1, 0) * self.head_dim**-0.5
+
+
+class Shaw(Encoding):
+    """Learned vectors for clipped distances, added to keys and to values (Shaw et al. 2018, equations 3 and 4).
+
+        e_ij = q_i (k_j + aK[c]) / sqrt(D),  z_i = sum_j alpha_ij (v_j + aV[c]),  c = min(n, K)
+
+    Shared by the heads of a layer; 2 (K + 1) D parameters a layer, as causal attention meets one direction only. Queries
+    meet the table and not a T x T x D tensor of keys. Past T all far keys count as K away, a distance that training met
+    all the time: the loss rises slowly, as attention spreads over more of them. `with_values=False` leaves aV out.
+    Trap: this clipped table is often sold as Transformer-XL's.
+    """
+
+    name = "shaw"
+    arguments = {"clip": 16, "with_values": True}
+    relative = True
+    variants = ("shaw(with_values=False)",)
+
+    def setup(self):
+        self.require(self.clip >= 1, f"clip must be at least 1, not {self.clip}")
+        self.key = nn.Parameter(torch.empty(self.clip + 1, self.head_dim))
+        self.value = nn.Parameter(torch.empty(self.clip + 1, self.head_dim)) if self.with_values else None
+
+    def rows(self, table, q_pos, k_pos):
+        return F.embedding(distances(q_pos, k_pos).clamp(max=self.clip), table)  # (T, S, D)
+
+    def logits(self, q, k, q_pos, k_pos, seen):
+        near = by_query(q * self.head_dim**-0.5, self.rows(self.key, q_pos, k_pos).mT)
+        return super().logits(q, k, q_pos, k_pos, seen) + near
+
+    def values(self, weights, q_pos, k_pos):
+        return by_query(weights, self.rows(self.value, q_pos, k_pos)) if self.with_values else None
+
+
+class TransformerXL(Encoding):
+    """Transformer-XL's relative attention: fixed sinusoids of the distance, and four terms (Dai et al. 2019, sec. 3.3).
+
+        (q_i k_j + q_i W r_n + u k_j + v W r_n) / sqrt(D),  r_n the sinusoid of n,  u, v learned for every head
+
+    C^2 + 2 C parameters a layer; values are untouched. Train it with `--segments`, which reads a window segment by
+    segment over the hidden states of the segment before (their gradient stopped): that, and not the bias, carried the
+    paper's long contexts. Past T the projected sinusoids meet new phases, and the loss rises. Traps: it is not a clipped
+    table of 2 R + 1 rows, which is Shaw's; and W r depends on the weights alone, so decoding keeps it.
+    """
+
+    name = "transformer_xl"
+    arguments = {"base": 10000.0}
+    relative = True
+
+    def setup(self):
+        self.require(self.n_embd % 2 == 0, f"n_embd must be even, not {self.n_embd}")
+        self.require(self.base > 1, f"base must be above 1, not {self.base}")
+        self.project = nn.Linear(self.n_embd, self.n_head * self.head_dim, bias=False)
+        self.u = nn.Parameter(torch.empty(self.n_head, 1, self.head_dim))
+        self.v = nn.Parameter(torch.empty(self.n_head, 1, self.head_dim))
+
+    def table(self, rows, device):
+        """(rows, C): the projected sinusoids of all distances."""
+        weight = self.project.weight
+        with torch.autocast(device.type, enabled=False):
+            return F.linear(
+                sinusoids(torch.arange(rows, device=device), self.n_embd, self.base).to(weight.dtype), weight
+            )
+
+    def logits(self, q, k, q_pos, k_pos, seen):
+        n, rows = distances(q_pos, k_pos), self.train_length
+        while rows <= int(n[-1, 0]):
+            rows *= 2
+        table = self.once_per_weights((rows,), lambda: self.table(rows, n.device)).to(q.dtype)
+        projected = F.embedding(n, table).unflatten(-1, (self.n_head, -1)).permute(2, 0, 3, 1)  # (H, T, D, S)
+        q = q * self.head_dim**-0.5
+        u, v = (x.to(q.dtype) * self.head_dim**-0.5 for x in (self.u, self.v))
+        return (q + u) @ k.transpose(-2, -1) + by_query(q + v, projected)
+
+
 class RoPE(Encoding):
     """Rotary position embedding: pairs of dimensions turn by an angle proportional to position (Su et al. 2021).
 
@@ -189,41 +439,201 @@ class RoPE(Encoding):
     slow pairs, which never finish a turn within T, reach angles that training never showed.
 
     `fraction` p is p-RoPE (Barbero et al. 2024, appendix D): only the int(p D/2) highest frequencies turn, the other
-    pairs take part unrotated. fraction=1 is RoPE, fraction=0 is none. Traps: frequencies descend with m, so the *last*
-    pairs are the slow ones; and a module that is not told positions turns every cached step as position 0.
+    pairs take part unrotated. fraction=1 is RoPE, fraction=0 is none. `dims` r is GPT-NeoX's partial rotation, of the
+    first r dimensions, with exponents over r. Traps: frequencies descend with m, so the *last* pairs are the slow ones;
+    and a module that is not told positions turns every cached step as position 0.
+
+    `scaling` stretches a trained model by `factor` s (T is the length it was trained at, d = dims or D):
+
+        linear    w / s: position interpolation (Chen et al. 2023). Fine-tune after it: untrained it loses a lot
+        ntk       base' = base s^(d/(d-2)): the highest frequency stays, the lowest is divided by s (bloc97, 2023)
+        dynamic   ntk with s replaced by s L/T - (s - 1), where L = max(length of the context, T) (emozilla, 2023)
+        yarn      between w for pairs that turn over beta_fast times in T and w / s for those below beta_slow, linear in
+                  m as in the authors' code; cos and sin times .1 ln s + 1 (Peng et al. 2023)
+        llama3    w for wavelengths below T / high_freq_factor, w / s above T / low_freq_factor, smooth between
+        longrope  w_m divided by long_factor[m], or short_factor[m] up to T; cos and sin times sqrt(1 + ln s / ln T)
+                  (Ding et al. 2024, whose factors a search finds for each model)
+
+    dynamic and longrope change with the length of the context, so the cache then holds keys unrotated.
     """
 
     name = "rope"
-    arguments = {"base": 10000.0, "fraction": 1.0}
+    arguments = {
+        "base": 10000.0, "fraction": 1.0, "dims": 0,
+        "scaling": ("none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"), "factor": 8.0,
+        "beta_fast": 32.0, "beta_slow": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "short_factor": [], "long_factor": [],
+    }  # fmt: skip
     shared = True
     relative = True
+    variants = ("rope(fraction=0.75)", "rope(dims=8)")
+    stretches = (
+        'rope(scaling="linear")', 'rope(scaling="ntk")', 'rope(scaling="dynamic", factor=1)', 'rope(scaling="yarn")',
+        'rope(scaling="llama3")', "rerope", "self_extend",
+    )  # fmt: skip
 
     def setup(self):
-        self.require(self.head_dim % 2 == 0, f"the width of a head must be even, not {self.head_dim}")
+        self.dims = self.dims or self.head_dim
+        self.require(self.dims % 2 == 0, f"the number of rotated dimensions must be even, not {self.dims}")
+        self.require(0 < self.dims <= self.head_dim, f"dims must lie in 1 ... {self.head_dim}, the width of a head")
         self.require(self.base > 1, f"base must be above 1, not {self.base}")
         self.require(0 <= self.fraction <= 1, f"fraction must lie in 0 ... 1, not {self.fraction}")
-        self.latest = None, None  # what a table was computed for, and the table
+        self.require(self.factor >= 1, f"factor must be at least 1, not {self.factor}")
+        self.require(self.scaling not in ("ntk", "dynamic") or self.dims > 2, f"{self.scaling} needs more than 2 dims")
+        self.require(self.beta_fast > self.beta_slow > 0, "beta_fast must be above beta_slow, and both above 0")
+        self.require(self.high_freq_factor > self.low_freq_factor > 0, "high_freq_factor must be above low_freq_factor")
+        if self.scaling == "longrope":
+            for key in ("short_factor", "long_factor"):
+                form = f"longrope needs {key}=[...] with {self.dims // 2} numbers above 0, one for each pair"
+                factors = getattr(self, key)
+                self.require(len(factors) == self.dims // 2, form)
+                self.require(all(type(x) in (int, float) and x > 0 for x in factors), form)
+        self.rotate_once = self.scaling not in ("dynamic", "longrope")
 
-    def rotate(self, q, k, q_pos, k_pos):
-        return self.turn(q, q_pos), self.turn(k, k_pos)
+    def rotate(self, q, k, q_pos, k_pos, length):
+        return self.turn(q, q_pos, length), self.turn(k, k_pos, length)
 
-    def turn(self, x, pos):
+    def turn(self, x, pos, length=0):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = self.table(pos, dtype)  # (T, D/2) each
-        a, b = x.to(dtype).chunk(2, dim=-1)  # (B, H, T, D/2) each
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        cos, sin = self.once((pos, dtype, length), lambda: self.table(pos, dtype, length))  # (T, dims) each
+        pairs = x[..., : self.dims].to(dtype)
+        turned = torch.addcmul(pairs * cos, pairs.roll(self.dims // 2, dims=-1), sin).to(x.dtype)
+        return turned if self.dims == self.head_dim else torch.cat((turned, x[..., self.dims :]), dim=-1)
 
-    def table(self, pos, dtype):
-        """Computed once for all layers of a call, which share the tensor `pos` itself; else a quarter of decoding."""
-        key = (pos, dtype, torch.is_inference_mode_enabled())
-        known, table = self.latest
-        if known is None or known[0] is not pos or known[1:] != key[1:]:
-            angle = angles(pos, self.head_dim, self.base, dtype)
-            angle[:, int(self.fraction * self.head_dim / 2) :] = 0
-            table = angle.cos(), angle.sin()
-            if not torch.compiler.is_compiling():
-                self.latest = key, table
-        return table
+    def table(self, pos, dtype, length):
+        frequency = frequencies(self.dims, self.base, dtype, pos.device)
+        frequency, magnitude = getattr(self, self.scaling)(frequency, max(length, self.train_length))
+        frequency = frequency * (torch.arange(self.dims // 2, device=pos.device) < int(self.fraction * self.dims / 2))
+        angle = pos[:, None].to(dtype) * frequency
+        cos, sin = angle.cos() * magnitude, angle.sin() * magnitude
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (x_m, x_{m+d/2}) and (-x_{m+d/2}, x_m)
+
+    # The scalings: frequencies (dims/2,), length of the context -> scaled frequencies, factor on cos and sin.
+
+    def none(self, w, length):
+        return w, 1.0
+
+    def linear(self, w, length):
+        return w / self.factor, 1.0
+
+    def ntk(self, w, length, stretch=None):
+        m = torch.arange(self.dims // 2, device=w.device, dtype=w.dtype)
+        return w * (stretch or self.factor) ** (-2 * m / (self.dims - 2)), 1.0
+
+    def dynamic(self, w, length):
+        return self.ntk(w, length, self.factor * length / self.train_length - (self.factor - 1))
+
+    def yarn(self, w, length):
+        def pair(turns):
+            """The index, not rounded, of the pair that makes so many turns in T."""
+            return self.dims * math.log(self.train_length / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+
+        low, high = max(math.floor(pair(self.beta_fast)), 0), min(math.ceil(pair(self.beta_slow)), self.dims - 1)
+        m = torch.arange(self.dims // 2, device=w.device, dtype=w.dtype)
+        slow = ((m - low) / max(high - low, 0.001)).clamp(0, 1)  # .001: a step, where the ramp has no width
+        return w * (1 - slow) + w / self.factor * slow, 0.1 * math.log(self.factor) + 1
+
+    def llama3(self, w, length):
+        turns = self.train_length * w / (2 * math.pi)
+        keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return w * keep + w / self.factor * (1 - keep), 1.0
+
+    def longrope(self, w, length):
+        factors = self.long_factor if length > self.train_length else self.short_factor
+        magnitude = math.sqrt(1 + math.log(self.factor) / math.log(self.train_length))
+        return w / torch.tensor(factors, device=w.device, dtype=w.dtype), magnitude
+
+
+class XPos(RoPE):
+    """RoPE whose products also decay with distance, faster in the fast pairs (Sun et al. 2022, section 3).
+
+        rope, times zeta_m^(n / 512),  zeta_m = (2m + gamma D) / ((1 + gamma) D)
+
+    as q zeta^(i/512) and k zeta^(-j/512). No parameters; the fused kernel stays. Past T the decay softens what rope
+    breaks, at long distances only: 512 is four default training lengths. Traps: those powers overflow (float16 at
+    position 4,532), so exponents count from the middle of the queries of a call, and the cache holds plain keys, whose
+    scale is never stale; and (1 + i/512)^-1 in place of zeta^(i/512) is not a function of i - j at all.
+    """
+
+    name = "xpos"
+    arguments = RoPE.arguments | {"gamma": 0.4, "scale_base": 512.0}
+    variants = ()
+    stretches = ()
+
+    def setup(self):
+        super().setup()
+        self.require(self.gamma >= 0 and self.scale_base > 0, "gamma must not be negative, scale_base be above 0")
+        self.rotate_once = False
+
+    def rotate(self, q, k, q_pos, k_pos, length):
+        middle = (q_pos[0] + q_pos[-1]) // 2
+        q, k = super().rotate(q, k, q_pos, k_pos, length)
+        return self.scale(q, q_pos - middle), self.scale(k, middle - k_pos)
+
+    def scale(self, x, power):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        m = torch.arange(self.head_dim // 2, device=x.device, dtype=dtype)
+        zeta = (2 * m + self.gamma * self.head_dim) / ((1 + self.gamma) * self.head_dim)
+        scale = zeta.repeat(2) ** (power[:, None].to(dtype) / self.scale_base)  # (T, D)
+        return (x * scale).to(x.dtype)
+
+
+class ReRoPE(RoPE):
+    """Rectified RoPE: distances of a window and beyond all count as the window (Su 2023, kexue.fm/archives/9708).
+
+        n' = n for n < w, else w + (n - w) / leak,  where leak=0 stands for infinity
+
+    For a trained rope model, at test time: `--posenc=rerope`. `window` w is T/2 unless given. No distance past T is ever
+    met, so the loss stays near its value at T; all far keys look equally far. Costs two products of queries and keys and
+    the fused kernel.
+    """
+
+    name = "rerope"
+    arguments = RoPE.arguments | {"window": 0, "leak": 0.0}
+    variants = ()
+    stretches = ()
+
+    def setup(self):
+        super().setup()
+        self.require(self.window >= 0, f"window must not be negative, is {self.window}")
+        self.require(self.leak == 0 or self.leak >= 1, f"leak must be 0 (for infinity) or at least 1, not {self.leak}")
+        self.window, self.rotate_once = self.window or max(1, self.train_length // 2), True
+
+    def rotate(self, q, k, q_pos, k_pos, length):
+        return q, k
+
+    def far(self, q_pos, k_pos):
+        """Positions (T,), (S,) for distances of the window and beyond."""
+        share = 1 / self.leak if self.leak else 0.0
+        return self.window + (q_pos - self.window) * share, k_pos * share
+
+    def logits(self, q, k, q_pos, k_pos, seen):
+        pairs = (q_pos, k_pos), self.far(q_pos, k_pos)
+        near, far = (super(ReRoPE, self).logits(self.turn(q, i), self.turn(k, j), q_pos, k_pos, seen) for i, j in pairs)
+        return torch.where(distances(q_pos, k_pos) < self.window, near, far)
+
+
+class SelfExtend(ReRoPE):
+    """Self-Extend: exact distances in a window, positions shared by groups of tokens beyond (Jin et al. 2024, sec. 3).
+
+        n' = n for n < w, else floor(i / G) - floor(j / G) + w - floor(w / G)
+
+    For a trained rope model, at test time: `--posenc=self_extend`. `window` w is T/2 unless given; distances stay below T
+    up to a context of w + (T - w) G, 16.5 T for the default `group` G. Costs what ReRoPE costs. Trap: rounding i and j
+    down each by itself makes it not quite a function of i - j.
+    """
+
+    name = "self_extend"
+    arguments = RoPE.arguments | {"window": 0, "group": 32}
+    relative = False
+    leak = 0.0
+
+    def setup(self):
+        super().setup()
+        self.require(self.group >= 1, f"group must be at least 1, not {self.group}")
+
+    def far(self, q_pos, k_pos):
+        return q_pos // self.group + self.window - self.window // self.group, k_pos // self.group
 
 
 class ALiBi(Encoding):
@@ -231,25 +641,27 @@ class ALiBi(Encoding):
 
         b = -m_h n,  m_h = 2^(-8h/H),  h = 1 ... H
 
-    For H not a power of two, the authors' code takes the slopes of the next lower power P and every other slope of 2P:
-    12 heads get .5 ... .0039, then .7071, .3536, .1768, .0884. No parameters. Past T the loss stays flat: far keys have
-    faded out already, which is also why it gains little from a longer context. Traps: the bias is not divided by
-    sqrt(D), and bfloat16 would merge most of its values.
+    For H not a power of two there are two published rules. `slopes="authors"`, the code's, takes the slopes of the next
+    lower power P and every other slope of 2P: 12 heads get .5 ... .0039, then .7071, .3536, .1768, .0884.
+    `slopes="paper"` is the formula as it stands. No parameters. Past T the loss stays flat: far keys have faded out
+    already, which is also why it gains little from a longer context. Traps: the bias is not divided by sqrt(D), and
+    bfloat16 would merge most of its values.
     """
 
     name = "alibi"
+    arguments = {"slopes": ("authors", "paper")}
     relative = True
 
     def setup(self):
         def powers(heads):
             return [2 ** (-8 * h / heads) for h in range(1, heads + 1)]
 
-        lower = 2 ** int(math.log2(self.n_head))
+        lower = 2 ** int(math.log2(self.n_head)) if self.slopes == "authors" else self.n_head
         slope = powers(lower) + powers(2 * lower)[::2][: self.n_head - lower]
         self.register_buffer("slope", torch.tensor(slope), persistent=False)
 
     def distance_bias(self, n):
-        return -self.slope.view(-1, *[1] * n.dim()) * n
+        return -along_heads(self.slope, n) * n
 
 
 class T5(Encoding):
@@ -258,34 +670,293 @@ class T5(Encoding):
         b = w[h, bucket(n)],  bucket(n) = n for n < E, else E + floor(ln(n / E) / ln(M / E) E) and at most 2E - 1
 
     with 2E = 32 buckets, M = 128: the last bucket begins at n = 113 and holds all distances beyond, so nothing is
-    undefined past T, and the loss stays near its value at T for a while. One table for all layers: 2E H parameters,
-    starting at zero. Trap: it is a scalar on the logits of self-attention, not a vector added to keys or values.
+    undefined past T, and the loss stays near its value at T for a while. `bidirectional=True` is the encoder's rule: half
+    of the buckets for each direction (a decoder uses one half). One table for all layers: 2E H parameters, starting at
+    zero. Trap: it is a scalar on the logits of self-attention, not a vector added to keys or values.
     """
 
     name = "t5"
-    arguments = {"buckets": 32, "max_distance": 128}
+    arguments = {"buckets": 32, "max_distance": 128, "bidirectional": False}
     shared = True
     relative = True
 
     def setup(self):
-        self.require(self.buckets >= 2 and self.buckets % 2 == 0, f"buckets must be even, not {self.buckets}")
-        self.require(self.max_distance > self.buckets // 2, f"max_distance must be above {self.buckets // 2}")
+        self.exact = self.buckets // (4 if self.bidirectional else 2)  # distances with a bucket of their own
+        even = 4 if self.bidirectional else 2
+        self.require(self.buckets >= even and self.buckets % even == 0, f"buckets must be a multiple of {even}, not {self.buckets}")
+        self.require(self.max_distance > self.exact, f"max_distance must be above {self.exact}")
         self.weight = nn.Parameter(torch.empty(self.buckets, self.n_head))
 
     def bucket(self, n):
-        exact = self.buckets // 2
+        """n of any sign, int64 -> buckets of the same shape. Keys that come later share bucket 0, or have their half."""
+        distance = n.abs() if self.bidirectional else n.clamp(min=0)
         # float32 as in the authors' code; n = 113 and not 112 opens the last bucket in float64 too
-        spread = torch.log(n.clamp(min=1) / exact) / math.log(self.max_distance / exact)
-        return torch.where(n < exact, n, (exact + (spread * exact).long()).clamp(max=self.buckets - 1))
+        spread = torch.log(distance.clamp(min=1) / self.exact) / math.log(self.max_distance / self.exact)
+        wide = (self.exact + (spread * self.exact).long()).clamp(max=2 * self.exact - 1)
+        bucket = torch.where(distance < self.exact, distance, wide)
+        return bucket + (n < 0) * 2 * self.exact if self.bidirectional else bucket
 
     def distance_bias(self, n):
         return F.embedding(self.bucket(n), self.weight).movedim(-1, 0)
 
 
-def angles(pos, dim, base, dtype=torch.float32):
-    """p w_m for pos (T,) -> (T, dim/2), with w_m = base^(-2m/dim), m = 0 ... dim/2 - 1: the highest frequency first."""
-    exponent = torch.arange(0, dim, 2, device=pos.device, dtype=dtype) / dim
-    return pos[:, None].to(dtype) * base**-exponent
+class Kerple(Encoding):
+    """Kernelized relative biases with two learned scalars for every head (Chi et al. 2022, section 4).
+
+        log:    b = -r1 ln(1 + r2 n)      r1 ~ U(0, 2), r2 ~ U(0, 1)
+        power:  b = -r1 n^r2              r1 ~ U(0, 1), r2 ~ U(0, 2), at most 2
+
+    both at least .01. 2 H parameters a layer. Past T the loss stays flat or falls: far keys fade as in alibi, the log
+    form slowly enough to keep using them. Trap: clamping in the forward pass gives a parameter below .01 no gradient,
+    and it never comes back; here the gradient passes.
+    """
+
+    name = "kerple"
+    arguments = {"form": ("log", "power")}
+    relative = True
+    variants = ('kerple(form="power")',)
+
+    def setup(self):
+        self.r1, self.r2 = (nn.Parameter(torch.empty(self.n_head)) for _ in range(2))
+
+    def init_parameter(self, name, parameter, generator):
+        super().init_parameter(name, parameter, generator)
+        if name in ("r1", "r2"):
+            parameter.uniform_(0, 2 if (name == "r1") == (self.form == "log") else 1, generator=generator)
+
+    def distance_bias(self, n):
+        r1 = along_heads(clamped(self.r1, 0.01), n)
+        r2 = along_heads(clamped(self.r2, 0.01, 2 if self.form == "power" else None), n)
+        if self.form == "log":
+            return -r1 * torch.log1p(r2 * n)
+        return (
+            -r1 * torch.exp(r2 * torch.log(n.clamp(min=1).to(r2.dtype))) * (n > 0)
+        )  # n^r2, and its gradient, at 0 too
+
+
+class FIRE(Encoding):
+    """Functional interpolation: a small network of the distance's share of the context (Li et al. 2023, section 4).
+
+        b = MLP(psi(n) / psi(max(i, L))),  psi(x) = ln(c x + 1),  the MLP 1 -> 32 -> H with ReLU
+
+    c starts at .1, L at T; both are learned. About 32 (H + 2) parameters a layer. The argument lies in 0 ... 1 at any
+    length, so nothing is outside what training met, and the loss stays flat for a while. It depends on i too: logits are
+    not relative, and no table of distances can hold them.
+    """
+
+    name = "fire"
+    arguments = {"width": 32, "c": 0.1}
+    variants = ()
+
+    def setup(self):
+        self.require(self.width >= 1, f"width must be at least 1, not {self.width}")
+        self.inner, self.outer = nn.Linear(1, self.width), nn.Linear(self.width, self.n_head)
+        self.steepness = nn.Parameter(torch.empty(()))
+        self.threshold = nn.Parameter(torch.empty(()))  # in units of T
+
+    def init_parameter(self, name, parameter, generator):
+        super().init_parameter(name, parameter, generator)
+        if name in ("steepness", "threshold"):
+            parameter.fill_(self.c if name == "steepness" else 1.0)
+
+    def bias(self, q_pos, k_pos):
+        with torch.autocast(q_pos.device.type, enabled=False):
+            c, dtype = self.steepness.abs(), self.steepness.dtype
+            whole = torch.maximum(q_pos.to(dtype), (self.threshold * self.train_length).abs())[:, None]
+            share = torch.log1p(c * distances(q_pos, k_pos).to(dtype)) / (torch.log1p(c * whole) + 1e-6)
+            return self.outer(F.relu(self.inner(share[..., None]))).movedim(-1, 0)
+
+
+class Sandwich(Encoding):
+    """What the products of sinusoids leave of the distance, as a fixed bias (Chi et al. 2023, section 4).
+
+        b = (sum_{m=1}^{d/2} cos(n / 10000^(2m/d)) - d/2) H / (8 h),  d = 128, h = 1 ... H
+
+    No parameters. It falls about as the logarithm of the distance, and fast in the first heads, slowly in the last; past
+    T it goes on falling, and the loss stays flat. Trap: copies that sum n w_m instead of cos(n w_m) are linear biases.
+    """
+
+    name = "sandwich"
+    arguments = {"dims": 128, "base": 10000.0}
+    shared = True
+    relative = True
+
+    def setup(self):
+        self.require(self.dims >= 2 and self.dims % 2 == 0, f"dims must be even, not {self.dims}")
+        self.require(self.base > 1, f"base must be above 1, not {self.base}")
+
+    def distance_bias(self, n):
+        dtype, half = torch.float64 if n.device.type == "cpu" else torch.float32, self.dims // 2
+        n = n.to(dtype)
+        waves = sum(torch.cos(n / self.base ** (m / half)) for m in range(1, half + 1))
+        compression = self.n_head / (8 * torch.arange(1, self.n_head + 1, device=n.device, dtype=dtype))
+        return (along_heads(compression, n) * (waves - half)).to(torch.float32)
+
+    def bias(self, q_pos, k_pos):
+        return self.once((q_pos, k_pos), lambda: super(Sandwich, self).bias(q_pos, k_pos))  # one for all layers
+
+
+class CoPE(Encoding):
+    """Contextual position encoding: keys are counted only if a gate opens on them (Golovneva et al. 2024, section 4).
+
+        g_ij = sigmoid(q_i k_j / sqrt(D)),  p_ij = sum_{t=j..i} g_it,  b_ij = q_i e[p_ij], between two rows for fractions
+
+    p is at most `positions` - 1. positions D parameters a layer, starting at zero; and two gathers of B H T S elements, so
+    it is slow. It counts words or lines where the content says so. Past T the gates, summed over more keys, push far keys
+    to the last row together, which training met: the loss rises slowly. Positions themselves are never used.
+    """
+
+    name = "cope"
+    arguments = {"max_position": 64}
+    relative = True
+
+    def setup(self):
+        self.require(self.max_position >= 2, f"max_position must be at least 2, not {self.max_position}")
+        self.weight = nn.Parameter(torch.empty(self.max_position, self.head_dim))
+
+    def logits(self, q, k, q_pos, k_pos, seen):
+        logits = super().logits(q, k, q_pos, k_pos, seen)
+        gate = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid() * seen
+        p = gate.sum(-1, keepdim=True) - gate.cumsum(-1) + gate  # the sum from j on
+        p = p.clamp(0, self.max_position - 1)
+        low = p.detach().floor().clamp(max=self.max_position - 2).long()
+        at = q @ self.weight.to(q.dtype).T  # (B, H, T, max_position)
+        floor, step = at.gather(-1, low), at.diff(dim=-1).gather(-1, low)
+        return logits + floor + (p - low) * step
+
+
+class FoX(Encoding):
+    """Forgetting attention: a gate of every token lets what lies before it fade (Lin et al. 2025, section 3).
+
+        b_ij = sum_{t=j+1..i} ln f_t = F_i - F_j,  f_t = sigmoid(w_h x_t + b_h)
+
+    H (C + 1) parameters a layer. The cache keeps the running sum F beside the keys. Past T what is far has been forgotten,
+    as in alibi, but by decisions of the content: the loss stays flat. Positions themselves are never used. Traps: F in
+    half precision loses the small differences that matter; and sinks are forgotten like anything else.
+    """
+
+    name = "fox"
+    relative = True
+
+    def setup(self):
+        self.gate = nn.Linear(self.n_embd, self.n_head)
+
+    def state(self, x, last):
+        with torch.autocast(x.device.type, enabled=False):
+            forget = F.logsigmoid(self.gate(x.to(self.gate.weight.dtype)))  # (B, T, H)
+            return {"total": forget.transpose(1, 2)[..., None].cumsum(dim=2) + last.get("total", 0)}
+
+    def logits(self, q, k, q_pos, k_pos, seen, total):
+        return super().logits(q, k, q_pos, k_pos, seen) + (total[:, :, -len(q_pos) :] - total.mT)
+
+
+class DAPE(Kerple):
+    """Data-adaptive biases: a network over all heads changes logits and biases together (Zheng et al. 2024, section 3).
+
+        S + B + MLP([S ; B]),  S = q k^T / sqrt(D),  B the bias of kerple,  the MLP 2H -> 32 -> H with leaky ReLU
+
+    applied to every pair of query and key: about 100 H parameters a layer, and a tensor of B 32 T S elements, which makes
+    it the slowest here. Past T it keeps what kerple gives and corrects it by content.
+    """
+
+    name = "dape"
+    arguments = Kerple.arguments | {"width": 32}
+    variants = ()
+
+    def setup(self):
+        super().setup()
+        self.require(self.width >= 1, f"width must be at least 1, not {self.width}")
+        self.inner, self.outer = nn.Linear(2 * self.n_head, self.width), nn.Linear(self.width, self.n_head)
+
+    def logits(self, q, k, q_pos, k_pos, seen):
+        s, b = (q * self.head_dim**-0.5) @ k.transpose(-2, -1), self.bias(q_pos, k_pos)
+        on_s, on_b = self.inner.weight.to(s.dtype).chunk(2, dim=1)  # (width, H) each
+        hidden = across_heads(on_s, s) + (across_heads(on_b, b) + self.inner.bias[:, None, None]).to(s.dtype)
+        mixed = across_heads(self.outer.weight.to(s.dtype), F.leaky_relu(hidden)) + self.outer.bias[:, None, None]
+        return s + b + mixed
+
+
+class Randomized(Encoding):
+    """Training on random positions, so that a test's positions are none of them new (Ruoss et al. 2023).
+
+        train: T positions drawn from 0 ... L - 1 without replacement, in order, anew for every step
+        test:  0, s, 2s, ... with the stride s = floor(L / length), at least 1
+
+    around any `inner` encoding, which is built for L = `length`, 16 T unless given. The authors sample at test time too; a
+    fixed stride is their mean, and lets a cache be exact. Costs what the inner one costs. In distribution it is worse than
+    its inner encoding, since neighbours are rarely one apart; up to L it rises slowly.
+    """
+
+    name = "randomized"
+    arguments = {"inner": "rope", "length": 0}
+    variants = ("randomized(inner=learned)", "randomized(inner=t5)")
+
+    def setup(self):
+        self.length = self.length or 16 * self.train_length
+        self.require(
+            self.length >= self.train_length, f"length must be at least the training length, not {self.length}"
+        )
+        cls, arguments = parse(self.inner)
+        self.require(cls is not Randomized, "the inner encoding must be another one")
+        self.inner = cls(**(self.sizes | {"train_length": self.length}), **arguments)
+        self.register_buffer("drawn", None, persistent=False)
+        for name in DELEGATED:
+            setattr(self, name, getattr(self.inner, name))
+
+    def init_parameter(self, name, parameter, generator):
+        self.inner.init_parameter(name.removeprefix("inner."), parameter, generator)
+
+    def redraw(self, length, generator):
+        drawn = torch.randperm(self.length, generator=generator)[:length].sort().values
+        self.drawn = drawn if self.drawn is None else drawn.to(self.drawn.device)
+
+    def positions(self, pos, length):
+        if self.training and self.drawn is not None:
+            return self.drawn.to(pos.device)[pos]
+        return pos * max(1, self.length // length)
+
+
+# What `randomized` takes from its inner encoding.
+DELEGATED = (
+    "embed", "ffn", "rotate", "distance_bias", "bias", "state", "logits", "values",
+    "embeds", "biases", "writes_out", "shared", "rotate_once", "max_length", "way_out",
+)  # fmt: skip
+
+
+def distances(q_pos, k_pos):
+    """(T,), (S,) -> n = i - j (T, S); 0 for keys that come later, which nobody sees."""
+    return (q_pos[:, None] - k_pos).clamp(min=0)
+
+
+def frequencies(dim, base, dtype=torch.float32, device=None):
+    """w_m = base^(-2m/dim), m = 0 ... dim/2 - 1: the highest frequency first."""
+    return base ** -(torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
+
+
+def sinusoids(pos, dim, base):
+    """pos (T,) -> (T, dim), sines at even columns and cosines at odd ones (Vaswani et al. 2017)."""
+    angle = pos[:, None].to(torch.float32) * frequencies(dim, base, device=pos.device)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+
+
+def along_heads(x, n):
+    """x (H,) -> (H, 1, ...) that broadcasts over n."""
+    return x.view(-1, *[1] * n.dim())
+
+
+def clamped(x, low, high=None):
+    """x kept in low ... high, with the gradient of x itself, so that what lies outside can come back."""
+    return x + (x.clamp(low, high) - x).detach()
+
+
+def across_heads(weight, x):
+    """weight (H', H), x (..., H, T, S) -> (..., H', T, S)."""
+    return (weight.to(x.dtype) @ x.flatten(-2)).unflatten(-1, x.shape[-2:])
+
+
+def by_query(x, tables):
+    """x (B, H, T, D) times a table for every query, (T, D, S) or (H, T, D, S) -> (B, H, T, S), without its copies."""
+    return (x.permute(1, 2, 0, 3) @ tables.to(x.dtype)).permute(2, 0, 1, 3)
 
 
 def nearest(word, known, cutoff=0.6):
@@ -334,17 +1005,16 @@ def build(spec, n_layer, **sizes):
     parsed = [parse(text) for text in ([spec] if isinstance(spec, str) else spec)]
     if not parsed:
         raise ValueError("posenc is an empty list; name at least one encoding")
-    for cls, _ in parsed:
-        if len(parsed) > 1 and cls.embed is not Encoding.embed:
-            raise ValueError(f"{cls.name} acts before the first layer, so it cannot stand in a list over the layers")
     one, layers = {}, []  # the instances that serve several layers
-    for layer in range(n_layer):
+    for layer in range(max(n_layer, len(parsed))):
         cls, arguments = parsed[layer % len(parsed)]
         key = (cls, repr(arguments))
-        if key not in one or not cls.shared:
+        if key not in one or not one[key].shared:
             one[key] = cls(**sizes, layer=layer, **arguments)
+        if len(parsed) > 1 and one[key].embeds:
+            raise ValueError(f"{cls.name} acts before the first layer, so it cannot stand in a list over the layers")
         layers.append(one[key])
-    return layers
+    return layers[:n_layer]
 
 
 def merge(spec, override):
@@ -356,7 +1026,7 @@ def merge(spec, override):
         ours = [parse(member)[0] is parse(override)[0] for member in spec]
         return [merge(m, override) if own else m for m, own in zip(spec, ours, strict=True)] if any(ours) else override
     (old, old_arguments), (new, new_arguments) = parse(spec), parse(override)
-    if old is not new:
+    if not issubclass(new, old):
         return override
     arguments = ", ".join(f"{key}={value!r}" for key, value in (old_arguments | new_arguments).items())
     return f"{new.name}({arguments})" if arguments else new.name

@@ -40,6 +40,7 @@ class Options:
     posenc: str | list = ""  # arguments for the run's encoding, or another encoding, at test time
     window: int = 0  # attend to the last WINDOW tokens alone, over a cache that stays that small; 0 means to all
     sinks: int = 0  # with a window, keep the first SINKS tokens in sight too
+    log_n: bool = False  # multiply queries by ln n / ln T where they see n > T tokens
     crop: int = 0  # no cache: re-encode the last CROP tokens for every token; slow, and never past the training length
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is float32 on the CPU
@@ -130,8 +131,8 @@ def main(argv):
         with device.autocast():
             for new in generate(
                 model, tokens, count, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-                seed=options.seed, window=options.window or None, sinks=options.sinks, crop=options.crop or None,
-                forbidden=[token for token in silent if token != end or not options.stop],
+                seed=options.seed, window=options.window or None, sinks=options.sinks, log_n=options.log_n,
+                crop=options.crop or None, forbidden=[token for token in silent if token != end or not options.stop],
             ):  # fmt: skip
                 drawn = new.tolist()
                 for index in sorted(open_texts):

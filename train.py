@@ -100,10 +100,9 @@ def train(config, device):
     out, encoding = Path(config.out_dir), tokenizer.load(config.tokenizer)
     share, rest = divmod(config.batch_size, device.world)
     micro = config.micro_batch_size or share
-    if rest or share % micro:
-        raise UserError(
-            f"batch_size={config.batch_size} does not divide by {device.world} processes x micro_batch_size={micro}"
-        )
+    if rest or share % micro or micro % config.segments:
+        by = f"{device.world} processes x micro_batch_size={micro}, and that by segments={config.segments}"
+        raise UserError(f"batch_size={config.batch_size} does not divide by {by}")
     for first in (True, False):  # one process of each machine prepares what is missing, then the others open it
         if first == (device.local_rank == 0):
             dataset = data.open_dataset(config, encoding)
@@ -118,6 +117,12 @@ def train(config, device):
     model = runs.build(config, device.device)
     if model.max_length < config.train_length:
         raise UserError(f"train_length={config.train_length}: {model.too_long(config.train_length)}")
+    if config.segments > 1:
+        for encoding in model.posenc:
+            if not encoding.relative:
+                raise UserError(
+                    f"segments={config.segments} needs an encoding of relative positions: {encoding.name} is none"
+                )
     updaters = optimizers.make(model, config, device)
     scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
     step, best = 0, math.inf
@@ -169,20 +174,22 @@ def train(config, device):
     while step < config.max_steps and not asked:
         # Forward and backward, micro-batch by micro-batch.
         phase, (first, length) = [(i, p) for i, p in enumerate(config.phases) if p[0] <= step][-1]
-        wider = config.train_length // length  # shorter windows, as many more of them
-        part = slice(device.rank * share * wider, (device.rank + 1) * share * wider)
-        rows = config.batch_size * wider
+        # Shorter windows are more of them, and windows of several segments fewer.
+        rows, mine, at_once = (n * config.train_length // length for n in (config.batch_size, share, micro))
+        part = slice(device.rank * mine, (device.rank + 1) * mine)
         inputs, targets = data.batch(dataset.train, length, rows, (config.seed, phase), step - first, part)
         torch.manual_seed(derive_seed(config.seed, step, device.rank))  # dropout
+        model.redraw(length, derive_seed(config.seed, step))
         model.train()
         loss = torch.zeros((), device=device.device)
-        micro_batches = list(zip(*(evaluate.batches(half, micro * wider) for half in (inputs, targets)), strict=True))
+        micro_batches = list(zip(*(evaluate.batches(half, at_once) for half in (inputs, targets)), strict=True))
         for index, (x, y) in enumerate(micro_batches):
             x, y = (half.to(device.device, non_blocking=True) for half in (x, y))
             last = index == len(micro_batches) - 1
             with forward.no_sync() if device.world > 1 and not last else nullcontext():
                 with device.autocast():
-                    part_loss = forward(x, y).sum() / (rows * length)  # a share of the mean over the whole step
+                    losses = forward(x, y, segments=config.segments)
+                    part_loss = losses.sum() / (rows * length)  # a share of the mean over the whole step
                 # DDP averages gradients over the processes, where ours are parts of one sum.
                 scaler.scale(part_loss * device.world).backward()
             loss += part_loss.detach()

@@ -36,6 +36,7 @@ class Config(GPTConfig):
     batch_size: int = 32  # sequences of train_length in a step, over all processes
     micro_batch_size: int = 0  # sequences a process computes at once (gradients accumulate); 0 means its whole share
     length_schedule: dict = field(default_factory=dict)  # {share of the run: length}, at constant tokens a step
+    segments: int = 1  # windows of so many times T, read T by T over a memory of the T tokens before (Transformer-XL)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon is for the blocks' matrices, with adamw for all else
     learning_rate: float = 6e-3  # peak; muon's updates are scaled to adamw's size
     weight_decay: float = 0.1  # on matrices; positions, embeddings, norms and biases are left alone
@@ -62,7 +63,15 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("max_steps", "batch_size", "eval_interval", "eval_tokens", "log_interval", "checkpoint_interval"):
+        for key in (
+            "max_steps",
+            "batch_size",
+            "segments",
+            "eval_interval",
+            "eval_tokens",
+            "log_interval",
+            "checkpoint_interval",
+        ):
             require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
         for key in ("seed", "micro_batch_size", "learning_rate", "weight_decay", "grad_clip", "length_targets"):
             require(getattr(self, key) >= 0, f"{key} must not be negative")
@@ -74,6 +83,7 @@ class Config(GPTConfig):
         require(levels, "warmup and decay must not exceed 1 together")
         require(isinstance(self.text, str) or all(isinstance(path, str) for path in self.text), "text must list paths")
         require(bool(self.text) == (self.dataset == "text"), "--text=PATH and --dataset=text go together")
+        require(self.segments == 1 or not self.length_schedule, "segments and length_schedule exclude each other")
         if self.length_schedule:
             starts, lengths = list(self.length_schedule), list(self.length_schedule.values())
             form = "length_schedule must look like {0.0: 128, 0.6: 256}, from 0.0 on with rising shares below 1"
@@ -86,10 +96,9 @@ class Config(GPTConfig):
 
     @property
     def phases(self):
-        """[(first step, length)] of the length schedule, in order."""
-        return [(round(share * self.max_steps), length) for share, length in self.length_schedule.items()] or [
-            (0, self.train_length)
-        ]
+        """[(first step, length of a window)] of the length schedule, in order."""
+        whole = {0.0: self.train_length * self.segments}
+        return [(round(share * self.max_steps), length) for share, length in (self.length_schedule or whole).items()]
 
 
 def parse_literal(text):

@@ -39,7 +39,7 @@ def test_sinusoidal_is_the_papers_formula():
 def test_rope_turns_each_pair_by_its_angle():
     q, k = torch.randn(1, 4, 3, 8, dtype=torch.float64), torch.randn(1, 2, 3, 8, dtype=torch.float64)
     pos = torch.tensor([0, 7, 1000])
-    turned, _ = make("rope(base=500)").rotate(q, k, pos, pos)
+    turned, _ = make("rope(base=500)").rotate(q, k, pos, pos, 16)
     for t, p in enumerate(pos.tolist()):
         for m in range(4):
             turn = complex(math.cos(p * 500 ** (-2 * m / 8)), math.sin(p * 500 ** (-2 * m / 8)))
@@ -51,22 +51,22 @@ def test_rope_turns_each_pair_by_its_angle():
 def test_p_rope_leaves_the_lowest_frequencies_unturned():
     k = torch.randn(1, 2, 3, 8)
     pos = torch.tensor([3, 40, 41])
-    _, half = make("rope(fraction=0.5)").rotate(k, k, pos, pos)
-    _, full = make("rope").rotate(k, k, pos, pos)
+    _, half = make("rope(fraction=0.5)").rotate(k, k, pos, pos, 16)
+    _, full = make("rope").rotate(k, k, pos, pos, 16)
     high, low = [0, 1, 4, 5], [2, 3, 6, 7]  # pairs are (m, m + D/2), the highest frequency first
     assert torch.equal(half[..., high], full[..., high])
     assert torch.equal(half[..., low], k[..., low])
-    assert torch.equal(make("rope(fraction=0.0)").rotate(k, k, pos, pos)[1], k)
+    assert torch.equal(make("rope(fraction=0.0)").rotate(k, k, pos, pos, 16)[1], k)
 
 
 def test_rope_computes_angles_in_float32_when_the_model_is_in_bfloat16():
     k = torch.randn(1, 2, 2, 8, dtype=torch.bfloat16)
     pos = torch.tensor([1000, 1001])  # bfloat16 cannot tell these apart
-    _, turned = make("rope").rotate(k, k, pos, pos)
-    _, exact = make("rope").rotate(k.double(), k.double(), pos, pos)
+    _, turned = make("rope").rotate(k, k, pos, pos, 16)
+    _, exact = make("rope").rotate(k.double(), k.double(), pos, pos, 16)
     assert turned.dtype == torch.bfloat16
     assert (turned.double() - exact).abs().max() < 0.02
-    same = make("rope").rotate(k[:, :, :1].expand_as(k), k[:, :, :1].expand_as(k), pos, pos)[1]
+    same = make("rope").rotate(k[:, :, :1].expand_as(k), k[:, :, :1].expand_as(k), pos, pos, 16)[1]
     assert not torch.equal(same[:, :, 0], same[:, :, 1])
 
 
@@ -202,7 +202,7 @@ def test_arguments_are_literals_and_never_evaluated(tmp_path):
         ("rope(base='x')", "expected float"),
         ("rope(fraction=2)", "0 ... 1"),
         ("learned(overflow='crash')", "'error', 'clamp', 'interpolate'"),
-        ("t5(buckets=7)", "even"),
+        ("t5(buckets=7)", "multiple of 2"),
         ([], "empty"),
         (["rope", "learned"], "cannot stand in a list"),
     ],
