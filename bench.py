@@ -86,8 +86,8 @@ def training_step(config, device):
 
 def decoder(config, device, context, count):
     """A function that decodes `count` tokens after `context` ones from a cache."""
-    spec = ENCODINGS[config.posenc].unbounded or config.posenc
-    model = runs.build(dataclasses.replace(config, posenc=spec), device.device).eval()
+    spec = ENCODINGS[config.posenc].unbounded if config.posenc in ENCODINGS else None
+    model = runs.build(dataclasses.replace(config, posenc=spec or config.posenc), device.device).eval()
     tokens = torch.randint(config.vocab_size, (1, context), device=device.device)
     cache = Cache(length=context + count)
     with torch.inference_mode(), device.autocast():

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import posenc
 
-CHUNK = 256  # queries whose logits are in memory at once, where attention is written out or has a bias
+CHUNK = 256  # queries whose logits are computed at once; in longer windows, gradients compute them anew
 
 
 @dataclass
@@ -247,12 +247,13 @@ class Attention(nn.Module):
             near_q, near_k = encoding.rotate(plain, keys[:, :, only], call.near, k_pos[only], call.reach)
             sunk = near_q, k if encoding.rotate_once else near_k, call.near, k_pos < call.sinks
         dropout, S = self.dropout if self.training else 0.0, len(k_pos)
-        if T <= CHUNK or (sunk is None and not encoding.biases and fused(encoding, q)):
+        chunk = min(CHUNK, encoding.chunk) if x.device.type == "cpu" else CHUNK
+        if T <= chunk or (sunk is None and not encoding.biases and fused(encoding, q)):
             y = attend(encoding, q, k, v, pos, k_pos, call.seen, sunk, dropout, state)
         else:  # so that memory grows with S, not with T S; and gradients recompute a chunk's logits
             parts = []
-            for begin in range(0, T, CHUNK):
-                rows = slice(begin, min(T, begin + CHUNK))
+            for begin in range(0, T, chunk):
+                rows = slice(begin, min(T, begin + chunk))
                 end = S - T + rows.stop  # later keys are not seen
                 part = functools.partial(
                     attend, encoding, q[:, :, rows], k[:, :, :end], v[:, :, :end], pos[rows], k_pos[:end],
@@ -260,7 +261,7 @@ class Attention(nn.Module):
                     None if sunk is None else (sunk[0][:, :, rows], sunk[1][:, :, :end], sunk[2][rows], sunk[3][:end]),
                     dropout, {name: x[:, :, :end] for name, x in state.items()},
                 )  # fmt: skip
-                parts.append(checkpoint(part, use_reentrant=False) if torch.is_grad_enabled() else part())
+                parts.append(checkpoint(part, use_reentrant=False) if torch.is_grad_enabled() and T > CHUNK else part())
             y = torch.cat(parts, dim=2)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 

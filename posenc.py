@@ -44,6 +44,7 @@ class Encoding(nn.Module):
     shared = False  # one instance serves all layers
     relative = False  # logits do not change when all positions shift by the same amount
     rotate_once = True  # a rotated key stays true as the context grows, so the cache holds it rotated
+    chunk = math.inf  # queries whose logits a CPU does well to compute at once: few, where each costs much
     max_length = math.inf  # positions that exist are 0 ... max_length - 1
     way_out = ""  # what to do past max_length
     unbounded = None  # the flag's value that gives it positions without end, where its default has none
@@ -206,6 +207,7 @@ class Learned(Encoding):
     arguments = {"overflow": ("error", "clamp", "interpolate"), "factor": 8.0}
     shared = True
     unbounded = 'learned(overflow="clamp")'
+    stretches = ('learned(overflow="clamp")', 'learned(overflow="interpolate")')
 
     def setup(self):
         self.require(self.factor >= 1, f"factor must be at least 1, not {self.factor}")
@@ -412,11 +414,9 @@ class TransformerXL(Encoding):
 
     def table(self, rows, device):
         """(rows, C): the projected sinusoids of all distances."""
-        weight = self.project.weight
         with torch.autocast(device.type, enabled=False):
-            return F.linear(
-                sinusoids(torch.arange(rows, device=device), self.n_embd, self.base).to(weight.dtype), weight
-            )
+            wave = sinusoids(torch.arange(rows, device=device), self.n_embd, self.base, self.project.weight.dtype)
+            return self.project(wave)
 
     def logits(self, q, k, q_pos, k_pos, seen):
         n, rows = distances(q_pos, k_pos), self.train_length
@@ -683,7 +683,10 @@ class T5(Encoding):
     def setup(self):
         self.exact = self.buckets // (4 if self.bidirectional else 2)  # distances with a bucket of their own
         even = 4 if self.bidirectional else 2
-        self.require(self.buckets >= even and self.buckets % even == 0, f"buckets must be a multiple of {even}, not {self.buckets}")
+        self.require(
+            self.buckets >= even and self.buckets % even == 0,
+            f"buckets must be a multiple of {even}, not {self.buckets}",
+        )
         self.require(self.max_distance > self.exact, f"max_distance must be above {self.exact}")
         self.weight = nn.Parameter(torch.empty(self.buckets, self.n_head))
 
@@ -808,6 +811,7 @@ class CoPE(Encoding):
 
     name = "cope"
     arguments = {"max_position": 64}
+    chunk = 32
     relative = True
 
     def setup(self):
@@ -815,14 +819,14 @@ class CoPE(Encoding):
         self.weight = nn.Parameter(torch.empty(self.max_position, self.head_dim))
 
     def logits(self, q, k, q_pos, k_pos, seen):
-        logits = super().logits(q, k, q_pos, k_pos, seen)
-        gate = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid() * seen
+        logits = super().logits(q, k, q_pos, k_pos, seen).masked_fill(~seen, -math.inf)
+        gate = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         p = gate.sum(-1, keepdim=True) - gate.cumsum(-1) + gate  # the sum from j on
         p = p.clamp(0, self.max_position - 1)
-        low = p.detach().floor().clamp(max=self.max_position - 2).long()
+        low = p.detach().long().clamp(max=self.max_position - 2)
         at = q @ self.weight.to(q.dtype).T  # (B, H, T, max_position)
         floor, step = at.gather(-1, low), at.diff(dim=-1).gather(-1, low)
-        return logits + floor + (p - low) * step
+        return logits + torch.addcmul(floor, p - low, step)
 
 
 class FoX(Encoding):
@@ -861,6 +865,7 @@ class DAPE(Kerple):
 
     name = "dape"
     arguments = Kerple.arguments | {"width": 32}
+    chunk = 64
     variants = ()
 
     def setup(self):
@@ -870,9 +875,11 @@ class DAPE(Kerple):
 
     def logits(self, q, k, q_pos, k_pos, seen):
         s, b = (q * self.head_dim**-0.5) @ k.transpose(-2, -1), self.bias(q_pos, k_pos)
-        on_s, on_b = self.inner.weight.to(s.dtype).chunk(2, dim=1)  # (width, H) each
-        hidden = across_heads(on_s, s) + (across_heads(on_b, b) + self.inner.bias[:, None, None]).to(s.dtype)
-        mixed = across_heads(self.outer.weight.to(s.dtype), F.leaky_relu(hidden)) + self.outer.bias[:, None, None]
+        on_s, on_b = self.inner.weight.chunk(2, dim=1)  # (width, H) each; the part of B is the same for all sequences
+        from_b = on_b @ b.flatten(1) + self.inner.bias[:, None]
+        weights = (x.to(s.dtype).expand(len(s), -1, -1) for x in (on_s, self.outer.weight))
+        hidden = torch.baddbmm(from_b.to(s.dtype), next(weights), s.flatten(2))  # (B, width, T S)
+        mixed = torch.bmm(next(weights), F.leaky_relu(hidden)).view_as(s) + self.outer.bias[:, None, None]
         return s + b + mixed
 
 
@@ -919,7 +926,7 @@ class Randomized(Encoding):
 # What `randomized` takes from its inner encoding.
 DELEGATED = (
     "embed", "ffn", "rotate", "distance_bias", "bias", "state", "logits", "values",
-    "embeds", "biases", "writes_out", "shared", "rotate_once", "max_length", "way_out",
+    "embeds", "biases", "writes_out", "shared", "rotate_once", "chunk", "max_length", "way_out",
 )  # fmt: skip
 
 
@@ -933,9 +940,9 @@ def frequencies(dim, base, dtype=torch.float32, device=None):
     return base ** -(torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
 
 
-def sinusoids(pos, dim, base):
+def sinusoids(pos, dim, base, dtype=torch.float32):
     """pos (T,) -> (T, dim), sines at even columns and cosines at odd ones (Vaswani et al. 2017)."""
-    angle = pos[:, None].to(torch.float32) * frequencies(dim, base, device=pos.device)
+    angle = pos[:, None].to(dtype) * frequencies(dim, base, dtype, pos.device)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
@@ -947,11 +954,6 @@ def along_heads(x, n):
 def clamped(x, low, high=None):
     """x kept in low ... high, with the gradient of x itself, so that what lies outside can come back."""
     return x + (x.clamp(low, high) - x).detach()
-
-
-def across_heads(weight, x):
-    """weight (H', H), x (..., H, T, S) -> (..., H', T, S)."""
-    return (weight.to(x.dtype) @ x.flatten(-2)).unflatten(-1, x.shape[-2:])
 
 
 def by_query(x, tables):
@@ -992,6 +994,13 @@ def parse(spec):
             arguments[keyword.arg] = ast.unparse(keyword.value)
     ENCODINGS[name].checked(arguments)
     return ENCODINGS[name], arguments
+
+
+def every():
+    """Values of the flag to train, test and show: all encodings, in the form that has positions without end, and their
+    variants."""
+    specs = (spec for name, cls in ENCODINGS.items() for spec in (cls.unbounded or name, *cls.variants, *cls.stretches))
+    return list(dict.fromkeys(specs))
 
 
 def same(spec, other):

@@ -14,26 +14,45 @@ COLOURS = ["#0b6e99", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c5c5c", "#c
 
 def lines(path, series, x_label, y_label, log_x=False, mark_x=None):
     """series {name: (xs, ys)} -> a PNG at `path`. mark_x draws a dashed vertical line, at the training length say."""
+
+    def draw(figure, axes):
+        for index, (name, (xs, ys)) in enumerate(series.items()):
+            marker = "o" if len(xs) < 30 else None
+            axes.plot(xs, ys, marker=marker, markersize=4, label=name, color=COLOURS[index % len(COLOURS)])
+        if log_x:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1:
+            axes.legend(frameon=False)
+
+    save(path, draw, x_label, y_label, mark_x)
+
+
+def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None):
+    """rows (N, M) -> a PNG at `path` of M columns, which lie `scale` apart."""
+
+    def draw(figure, axes):
+        extent = (0, rows.shape[1] * scale, rows.shape[0], 0)
+        image = axes.imshow(rows, aspect="auto", cmap="RdBu", extent=extent, vmin=-2, vmax=2, interpolation="nearest")
+        figure.colorbar(image, ax=axes)
+
+    save(path, draw, x_label, y_label, mark_x)
+
+
+def save(path, draw, x_label, y_label, mark_x):
+    """A figure that draw(figure, axes) fills, written to the side and put in place."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
-    for index, (name, (xs, ys)) in enumerate(series.items()):
-        axes.plot(
-            xs, ys, marker="o" if len(xs) < 30 else None, markersize=4, label=name, color=COLOURS[index % len(COLOURS)]
-        )
-    if log_x:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    draw(figure, axes)
     if mark_x is not None:
         axes.axvline(mark_x, linestyle="--", linewidth=1, color="#999999")
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(series) > 1:
-        axes.legend(frameon=False)
     part = Path(f"{path}.part")
     figure.savefig(part, format="png")
     plt.close(figure)

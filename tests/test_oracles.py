@@ -135,14 +135,16 @@ def test_fourier():
 
 
 def test_recurrent_learned():
-    # PE[p] = PE[p-1] + MLP(PE[p-1]) / T: Euler's rule with step 1/T for the flow of FLOATER (Liu et al. 2020).
+    # PE[p] = PE[p-1] + MLP(PE[p-1] / rms): a step of Euler's rule for the flow of FLOATER (Liu et al. 2020), whose
+    # network is given vectors of one size.
     encoding = make("recurrent(form='learned')")
     given = encoding.embed(torch.tensor([0, 1, 2, 15, 16, 40])).tolist()
     code, codes = encoding.start.tolist(), []
     for _ in range(41):
         codes.append(code)
-        step = linear(encoding.outer, gelu(linear(encoding.inner, code)))
-        code = [x + y / 16 for x, y in zip(code, step, strict=True)]
+        rms = math.sqrt(sum(x * x for x in code) / len(code))
+        step = linear(encoding.outer, gelu(linear(encoding.inner, [x / rms for x in code])))
+        code = [x + y for x, y in zip(code, step, strict=True)]
     for row, p in enumerate([0, 1, 2, 15, 16, 40]):
         assert given[row] == pytest.approx(codes[p], rel=1e-10, abs=1e-10)
 

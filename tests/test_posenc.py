@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import posenc
-from model import GPT, GPTConfig
+from model import GPT, Cache, GPTConfig
 from posenc import ENCODINGS, Encoding
 
 SIZES = dict(n_embd=32, n_head=4, n_kv_head=2, head_dim=8, train_length=16)
@@ -119,32 +119,39 @@ def test_learned_past_its_table():
     assert torch.allclose(stretched.embed(torch.tensor([60, 63])), stretched.weight[[15, 15]])
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
-def test_relative_is_what_the_class_says(name):
-    model = GPT(
-        GPTConfig(posenc=name, vocab_size=50, n_layer=2, n_embd=32, train_length=2000, zero_init=False)
-    ).double()
+def model_of(spec, n_layer=2):
+    """A model in float64 whose every parameter matters."""
+    settings = dict(vocab_size=50, n_embd=32, train_length=64, zero_init=False)
+    model = GPT(GPTConfig(posenc=spec, n_layer=n_layer, **settings)).double().eval()
+    torch.manual_seed(7)
     for parameter in model.posenc.parameters():
         torch.nn.init.normal_(parameter)
-    tokens = torch.randint(50, (1, 12))
-    moved = model(tokens, pos=torch.arange(12) + 1000)
-    change = (model(tokens) - moved).abs().max().item()
-    assert change < 1e-10 if ENCODINGS[name].relative else change > 1e-3
+    return model
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
-def test_position_matters(name):
-    """Swapping two early tokens changes what comes later; with one layer and no encoding it does not."""
-    if name == "none":
-        pytest.skip("one layer without positions is a function of a set")
-    model = GPT(GPTConfig(posenc=name, vocab_size=50, n_layer=1, n_embd=32, zero_init=False)).double()
-    for parameter in model.posenc.parameters():
-        torch.nn.init.normal_(parameter)
-    tokens = torch.randint(50, (1, 8))
-    tokens[0, 1], tokens[0, 2] = 1, 2
+@pytest.mark.parametrize("spec", posenc.every())
+def test_relative_is_what_the_class_says(spec):
+    """For one length of the whole context, which some encodings scale with."""
+    if "randomized" in spec:
+        assert not model_of(spec).posenc[0].relative  # its strides differ from length to length
+        return
+    if "interpolate" in spec:
+        pytest.skip("has no positions beyond a thousand")
+    model, tokens = model_of(spec), torch.randint(50, (1, 64))
+    here, there = (model(tokens, pos=torch.arange(64) + start, cache=Cache(length=1070)) for start in (0, 1003))
+    change = (here - there).abs().max().item()
+    assert change < 1e-10 if model.posenc[0].relative else change > 1e-3
+
+
+@pytest.mark.parametrize("spec", [spec for spec in posenc.every() if spec != "none"])
+def test_position_matters(spec):
+    """Swapping two tokens changes what comes later; without an encoding, one layer of attention does not see it, nor do
+    two feed-forward layers around it."""
+    model, tokens = model_of(spec, n_layer=2 if spec == "ffn" else 1), torch.randint(50, (1, 8))
     swapped = tokens.clone()
-    swapped[0, 1], swapped[0, 2] = 2, 1
-    assert (model(tokens) - model(swapped))[0, -1].abs().max() > 1e-6
+    tokens[0, 5:7], swapped[0, 5:7] = torch.tensor([1, 2]), torch.tensor([2, 1])
+    before, after = (model(x, cache=Cache(length=1024)) for x in (tokens, swapped))
+    assert (before - after)[0, -1].abs().max() > 1e-6
 
 
 def test_none_alone_is_blind_in_one_layer_and_not_in_two():
