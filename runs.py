@@ -21,7 +21,28 @@ from data import tokenizer
 from errors import UserError
 from model import GPT
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 CKPT, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "best.pt"
+LOCK = "train.lock"
+
+
+def lock(folder):
+    """Make the run folder, and keep other processes from training into it while the file returned is open. None where
+    another process does. The kernel ends the lock with its process, however that ends; the empty file stays."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / LOCK, "w")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def save(folder, name, state):

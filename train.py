@@ -74,7 +74,7 @@ def resume(config, out, device, dataset, encoding):
     """The state of the run in the folder `out`, or None where it is new. UserError if that run is another one."""
     if not any((out / name).exists() for name in (runs.CKPT, runs.PREVIOUS)):
         new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-        if not new and not (out / "metrics.jsonl").exists():
+        if not new and not (out / runs.LOCK).exists():
             raise UserError(f"{out} holds other files; choose another folder with --out_dir")
         return None
     state = runs.load(out)
@@ -135,6 +135,9 @@ def train(config, device):
     # Also the point where all have looked before the main process writes.
     if device.sum(step) != (step * device.world,):
         raise UserError(f"not all processes find the same checkpoint in {out}: it must lie on a disk that they share")
+    lock = not device.main or runs.lock(out)  # held until this process ends
+    if device.sum(lock is None) != (0,):
+        raise UserError(f"another process trains into {out}: wait for its end, or choose another folder with --out_dir")
     finished = step >= config.max_steps
 
     def save(name, **more):
@@ -144,8 +147,6 @@ def train(config, device):
                 out, name, {"model": model.state_dict(), "step": step, "config": runs.plain(config)} | known | more
             )
 
-    if device.main:
-        out.mkdir(parents=True, exist_ok=True)
     log, stop = runs.Log(out, device, step, config.max_steps, before_torch.BEGAN), devices.Stop(device)
     if device.main:
         runs.write_json(out / "config.json", runs.plain(config))

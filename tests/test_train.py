@@ -53,6 +53,7 @@ def test_a_run_leaves_what_other_programs_read(trained, corpus):
         "length.json",
         "loss.png",
         "length.png",
+        "train.lock",
     }
     assert names == expected
     assert json.loads((out / "config.json").read_text())["n_embd"] == 32
@@ -381,6 +382,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
     assert re.search(r"(loss|norm) (nan|inf)\b.* at step \d+; .*--learning_rate", done.stderr)
     for file in out.glob("*.pt"):
         assert all(weight.isfinite().all() for weight in state(out, file.name)["model"].values())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_run_into_the_same_folder(corpus, tmp_path, processes):
+    """It leaves, on all its processes, and the first goes on; what was killed holds nothing."""
+    out, settings = tmp_path / "run", {"max_steps": 100000, "checkpoint_interval": 100000, "eval_interval": 100000}
+    first = subprocess.Popen(
+        command(corpus, out, **settings), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while first.poll() is None and not ((out / "metrics.jsonl").exists() and metrics(out, "loss")):
+        time.sleep(0.01)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    line = command(corpus, out, launcher if processes > 1 else (), **settings)
+    second = subprocess.run(line, env=ENV, capture_output=True, text=True, check=False, timeout=120)
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    assert second.stderr.count("train.py: another process trains into") == 1
+    assert processes > 1 or (second.returncode, second.stderr.count("\n"), second.stdout) == (2, 1, "")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    run(corpus, out, max_steps=1)
+    assert state(out)["step"] == 1
 
 
 def test_a_missing_init_from(tmp_path, refuse):
