@@ -270,15 +270,15 @@ def main(argv):
     config = settle(*configs.parse(argv))
     device = devices.choose(config.device, config.dtype)
     try:
-        return train(config, device)
+        status = train(config, device)
     except RuntimeError as error:  # CUDA has a class for it, MPS and the CPU do not
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         now = config.micro_batch_size or config.batch_size // device.world
         raise UserError(f"out of memory: lower --micro_batch_size (now {now}); gradients accumulate") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: others would take our leaving for what went wrong
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":
