@@ -121,10 +121,13 @@ def main(argv):
     sys.stdout.reconfigure(errors="replace")
     stream, texts = Stream(encoding), [list(prompt) for _ in range(options.samples)]
     open_texts = set(range(options.samples))
-    stream.write([token for token in prompt if token != end])
     mark = f"\n{colour[0]}[--- {T} tokens: the training length ends here ---]{colour[1]}"
+    if options.samples > 1:
+        print(f"{colour[0]}[--- sample 1 ---]{colour[1]}")
+    stream.write([token for token in prompt[:T] if token != end])
     if len(prompt) >= T:
         print(mark)
+    stream.write([token for token in prompt[T:] if token != end])
     start = time.perf_counter()
     try:
         with device.autocast():

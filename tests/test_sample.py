@@ -32,7 +32,13 @@ def test_the_same_seed_gives_the_same_text_and_samples_differ(trained, call_scri
     texts = [call_script(*lines, f"--seed={seed}").stdout.partition(" tokens in ")[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     first, second = texts[0].split("[--- sample 2 ---]")
-    assert re.sub(r"\n\[.*?\]\n", "", first).strip() != second.strip()
+    assert first.startswith("[--- sample 1 ---]\nline ")
+    assert re.sub(r"\n?\[.*?\]\n", "", first).strip() != second.strip()
+
+
+def test_the_mark_stands_inside_a_longer_prompt(trained, call_script):
+    done = call_script("sample.py", trained, "--prompt=line 7 says that it is long", "--tokens=1")
+    assert done.stdout.startswith(f"line 7 says that\n[--- {T} tokens: the training length ends here ---]\n it is long")
 
 
 @pytest.mark.parametrize("prompt", ["", "naïve 日本語 👩‍👩‍👧", "tab\tnew\nline", os.fsdecode(b"\xff not UTF-8")])
