@@ -75,18 +75,24 @@ def find(run):
 def load(run):
     """A run folder or checkpoint file -> its state, of tensors and plain values. Nothing in it can run code."""
     path = find(run)
+    previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
+    if path.name == CKPT and previous.exists():
+        way_out = f"go back to the one before: mv {previous} {path}"
+    elif path.name != BEST and best.exists():
+        way_out = f"the run's best weights are in {best}: go on from them with --init_from={best} and another --out_dir"
+    else:
+        way_out = "train it anew, with another --out_dir"
     try:
         with warnings.catch_warnings(action="ignore"):  # on pickle protocols: the error says what matters
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} is no checkpoint of ours: it holds more than tensors and plain values, or is damaged; not read"
+            f"{path} is damaged, or no checkpoint of ours: it holds more than tensors and plain values; {way_out}"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0].rstrip(".")[:120]
-        previous = path.with_name(PREVIOUS)
-        way_out = f"; the one before is whole: mv {previous} {path}" if path.name == CKPT and previous.exists() else ""
-        raise UserError(f"{path} is damaged, perhaps cut short ({reason}){way_out}") from None
+    except PermissionError:
+        raise
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+        raise UserError(f"{path} is damaged, perhaps cut short; {way_out}") from None
     if not isinstance(state, dict) or not {"model", "step", "config"} <= state.keys():
         raise UserError(f"{path} is no checkpoint of ours: it lacks model, step or config")
     return state

@@ -335,7 +335,11 @@ def test_a_cut_checkpoint(copy, refuse):
     whole = (copy / "ckpt.pt").read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 100):
         (copy / "ckpt.pt").write_bytes(whole[:size])
-        refuse(copy, r"ckpt.pt is (damaged|no checkpoint).*ckpt_prev.pt")
+        refuse(copy, r"ckpt.pt is damaged.* mv \S+/ckpt_prev.pt \S+/ckpt.pt$")
+    (copy / "ckpt_prev.pt").unlink()
+    refuse(copy, r"ckpt.pt is damaged.*--init_from=\S+/best.pt and another --out_dir$")
+    (copy / "best.pt").unlink()
+    refuse(copy, r"ckpt.pt is damaged.*anew, with another --out_dir$")
 
 
 def test_a_checkpoint_cannot_run_code(copy, tmp_path, refuse):
