@@ -118,17 +118,22 @@ def build(config, device="cpu"):
 def load_weights(model, state, fresh=False):
     """Put a checkpoint's weights into the model. An encoding that the checkpoint was not trained with has none there:
     that is an error, or with `fresh` it keeps its initial values."""
-    weights, old = state["model"], state["config"]["posenc"]
-    if not posenc.same(old, model.config.posenc):
+    weights, initial = state["model"], model.state_dict()
+    old, new = state["config"]["posenc"], model.config.posenc
+    if not posenc.same(old, new):
         weights = {name: weight for name, weight in weights.items() if not name.startswith("posenc.")}
-    try:
-        missing, left = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[1:2])
-        raise UserError(f"the checkpoint does not fit these settings: {reason}") from None
-    wrong = [name for name in missing if not (fresh and name.startswith("posenc."))] + left
+        if fresh:
+            weights |= {name: weight for name, weight in initial.items() if name.startswith("posenc.")}
+    shapes = [{(name, weight.shape) for name, weight in held.items()} for held in (weights, initial)]
+    wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
+    if wrong and old != new and all(name.startswith("posenc.") for name in wrong):
+        way_out = "leave out --init_from" if fresh else "train it, or go on from here with train.py's --init_from"
+        raise UserError(f"the checkpoint was trained with {old}, and {new} has weights of its own: {way_out}")
     if wrong:
-        raise UserError(f"the checkpoint, trained with posenc {old!r}, has no weights for, or no use for, {wrong[0]}")
+        raise UserError(
+            f"the checkpoint's weights do not fit these settings ({wrong[0]}); leave the model's size as it was"
+        )
+    model.load_state_dict(weights)
 
 
 @dataclass

@@ -86,7 +86,7 @@ def test_a_learned_encoding_past_its_table_names_the_choices(learned, call_scrip
         (["--tokns=3"], "did you mean 'tokens'"),
         (["--tokens=x"], "expected int"),
         (["--posenc=rope(bse=3)"], "did you mean 'base'"),
-        (["--posenc=t5"], "t5.*no weights|weights"),
+        (["--posenc=t5"], "trained with rope, and t5 has weights of its own: .*--init_from"),
         (["--crop=99"], "--crop=16"),
         (["--crop=4", "--window=4"], "exclude"),
         (["--sinks=4"], "needs a --window"),

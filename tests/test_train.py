@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import ENV, TINY, command, run
 
+import runs
 import train
 from configs import Config
 from device import Device
@@ -413,6 +414,13 @@ def test_a_second_run_into_the_same_folder(corpus, tmp_path, processes):
 
 def test_a_missing_init_from(tmp_path, refuse):
     refuse(tmp_path / "new", "no run .*nowhere", init_from="nowhere")
+
+
+def test_weights_that_do_not_fit(learned, tmp_path, refuse):
+    refuse(tmp_path / "new", "do not fit .*leave the model's size", init_from=learned, n_embd=64)
+    old, new = (runs.build(Config(vocab_size=257, n_layer=1, posenc=spec)) for spec in ("t5", "t5(buckets=16)"))
+    with pytest.raises(UserError, match=r"with t5, and t5\(buckets=16\) has weights of its own: leave out --init_from"):
+        runs.load_weights(new, {"model": old.state_dict(), "config": {"posenc": "t5"}}, fresh=True)
 
 
 # ---- pieces
