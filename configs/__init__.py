@@ -27,7 +27,7 @@ class Config(GPTConfig):
 
     # what it learns from
     dataset: Literal["python", "shakespeare", "text"] = "python"  # the corpus; 'text' is your own, named with --text
-    text: str | list = ""  # a file or folder, or a list of them, for dataset = "text"
+    text: str | list = ""  # your file or folder, for dataset = "text"; several: --text='["a.txt", "b/"]'
     tokenizer: str = "bytes"  # bytes, bpe (4,096 tokens, shipped), a tiktoken name such as gpt2, or a .tiktoken file
     data_dir: str = "data"  # token files go to its tokens/, downloads to its raw/
     seed: int = 1337  # of initial weights, batches and dropout
