@@ -205,8 +205,9 @@ class Log:
     def __init__(self, folder, device, step, max_steps, start):
         self.path, self.main, self.start = Path(folder) / "metrics.jsonl", device.main, start
         self.bar = tqdm(
-            initial=step, total=max_steps, desc=Path(folder).name, unit="step", disable=not self.main,
+            initial=step, total=max_steps, desc=Path(folder).name, disable=not self.main or step >= max_steps,
             mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )  # fmt: skip
         if self.main:
             kept = [line for line in self.lines() if line["step"] <= step]

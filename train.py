@@ -222,7 +222,7 @@ def train(config, device):
             since, since_step = time.perf_counter(), step
             rate = updaters[0].param_groups[0]["lr"]
             log.write(step=step, loss=mean, learning_rate=rate, grad_norm=norm.item(), tokens_per_second=round(speed))
-            shown = {"loss": f"{mean:.3f}", "lr": f"{rate:.1e}", "tok/s": f"{speed:,.0f}"}
+            shown = {"loss": f"{mean:.3f}", "tok/s": f"{speed:,.0f}"}
             if peak := devices.peak(device.device):
                 shown["mfu"] = f"{speed * model.flops_per_token() / (peak * device.world):.0%}"
             log.bar.set_postfix(shown, refresh=False)
