@@ -101,6 +101,7 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
         "train_length": T,
         "lengths": reached,
         "loss": losses,
+        "windows": len(windows),
         "targets": len(windows) * scored,
         "max_length": None if model.max_length == math.inf else model.max_length,
     }
@@ -109,7 +110,8 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
 def table(results):
     """{name: length_loss's result} -> lines of a Markdown table, losses in nats per token at multiples of T."""
     multiples = sorted({length / r["train_length"] for r in results.values() for length in r["lengths"]})
-    lines = ["| loss at | " + " | ".join(f"{multiple:g} T" for multiple in multiples) + " |"]
+    windows = " or ".join(str(count) for count in sorted({r["windows"] for r in results.values()}))
+    lines = [f"| nats per token, {windows} windows | " + " | ".join(f"{multiple:g} T" for multiple in multiples) + " |"]
     lines.append("|---" * (len(multiples) + 1) + "|")
     for name, result in results.items():
         loss = {

@@ -32,8 +32,7 @@ def lines(path, series, x_label, y_label, log_x=False, mark_x=None):
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(series) > 1:
-        axes.legend(frameon=False)
+    axes.legend(frameon=False)
     part = Path(f"{path}.part")
     figure.savefig(part, format="png")
     plt.close(figure)

@@ -13,13 +13,13 @@ import codecs
 import sys
 import time
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 import device as devices
 import runs
-from configs import flags, make
+from configs import Dtype, flags, make
 from data import tokenizer
 from errors import UserError, run
 from model import generate, require
@@ -42,7 +42,7 @@ class Options:
     sinks: int = 0  # with a window, keep the first SINKS tokens in sight too
     crop: int = 0  # no cache: re-encode the last CROP tokens for every token; slow, and never past the training length
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is float32 on the CPU
+    dtype: Dtype = "auto"  # of products; auto is bfloat16 on CUDA, float16 on older CUDA, else float32
 
     def __post_init__(self):
         for key in ("tokens", "temperature", "top_k", "window", "sinks", "crop"):

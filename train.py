@@ -162,7 +162,8 @@ def train(config, device):
     token_bytes, parameters = tokenizer.byte_lengths(encoding), sum(p.numel() for p in model.parameters())
     log.say(
         f"{out}: {parameters / 1e6:.2f} M parameters, {config.posenc}, {len(dataset.train):,} training tokens "
-        f"({config.dataset}, {config.tokenizer}), {device.world} x {devices.describe(device.device)}, {device.dtype}"
+        f"({config.dataset}, {config.tokenizer}), {device.world} x {devices.describe(device.device)}, "
+        f"{str(device.dtype).removeprefix('torch.')}"
     )
 
     tokens_per_step = config.batch_size * config.train_length
@@ -263,7 +264,8 @@ def close(model, config, dataset, device, log, step):
     if device.main:
         log.draw()
         tokens = max(1, min(8 * config.train_length, model.max_length - 8))
-        log.say(f'next: python sample.py {out} --prompt="def " --tokens={tokens}')
+        prompt = ' --prompt="def "' if config.dataset == "python" else ""
+        log.say(f"next: python sample.py {out}{prompt} --tokens={tokens}")
 
 
 def main(argv):

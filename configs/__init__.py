@@ -18,6 +18,8 @@ from errors import UserError
 from model import GPTConfig, require
 from posenc import nearest
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 @dataclass
 class Config(GPTConfig):
@@ -57,7 +59,7 @@ class Config(GPTConfig):
     # where
     out_dir: str = ""  # the run's folder; by default out/ and the config names joined by '-'
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
+    dtype: Dtype = "auto"  # of products; auto is bfloat16 where the hardware has it, float16 on older CUDA, or float32
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto means on CUDA
 
     def __post_init__(self):
@@ -225,6 +227,8 @@ def flags(argv, cls):
             print(help_text(cls))
             raise SystemExit(0)
         if not word.startswith("--"):
+            if word.startswith("-"):
+                raise UserError(f"{word} has one dash; write -{word}")
             positional.append(word)
             continue
         key, given, text = word[2:].partition("=")
