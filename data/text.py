@@ -20,7 +20,7 @@ def named(config):
 def find(paths):
     """Files, and folders with all that is in them (hidden files apart) -> sorted list of Path."""
     files = []
-    for path in paths:
+    for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.is_file())
             files += [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
