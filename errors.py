@@ -1,7 +1,11 @@
 """A mistake the user can mend is one clear line on stderr and exit status 2, never a traceback."""
 
 import os
+import signal
 import sys
+import time
+
+PATIENCE = 10  # seconds in which torchrun has certainly ended the processes that another one left alone
 
 
 class UserError(Exception):
@@ -17,6 +21,14 @@ def run(main):
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail again
         sys.exit(0)
-    except (UserError, OSError) as error:
+    except Exception as error:
+        mistake, rank = isinstance(error, UserError | OSError), int(os.environ.get("LOCAL_RANK", "0"))
+        # Under torchrun one process of a machine speaks, and as it leaves, torchrun ends the others, which wait here.
+        # So what one of them alone ran into is said after all, and no lost connection where the other end said why.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (mistake and rank == 0):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(PATIENCE + rank)
+        if not mistake:
+            raise
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data
 import device as devices
@@ -24,7 +25,7 @@ import report
 import runs
 from configs import flags, make
 from errors import UserError, run
-from model import Cache
+from model import Cache, require
 
 MULTIPLES = (0.5, 1, 1.5, 2, 4, 8)  # of the training length
 
@@ -78,6 +79,10 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
     mine = windows[device.rank :: device.world]
     losses = []
     reached = [length for length in fit if length <= model.max_length]
+    bar = tqdm(
+        total=len(mine) * sum(reached), desc="loss against context", unit=" tokens", unit_scale=True, leave=False,
+        disable=None if device.main else True,
+    )  # fmt: skip
     for length in reached:
         nats = 0.0
         for rows in batches(mine, max(1, budget // length)):
@@ -88,12 +93,15 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
                 for part in context.split(chunk, dim=1) if context.shape[1] else ():
                     model(part, cache=cache, last=1)
                 nats += model(last, targets, cache=cache).cpu().double().sum().item()
+            bar.update(length * len(rows))
         (total,) = device.sum(nats)
         losses.append(total / (len(windows) * scored))
+    bar.close()
     return {
         "train_length": T,
         "lengths": reached,
         "loss": losses,
+        "windows": len(windows),
         "targets": len(windows) * scored,
         "max_length": None if model.max_length == math.inf else model.max_length,
     }
@@ -102,7 +110,8 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
 def table(results):
     """{name: length_loss's result} -> lines of a Markdown table, losses in nats per token at multiples of T."""
     multiples = sorted({length / r["train_length"] for r in results.values() for length in r["lengths"]})
-    lines = ["| loss at | " + " | ".join(f"{multiple:g} T" for multiple in multiples) + " |"]
+    windows = " or ".join(str(count) for count in sorted({r["windows"] for r in results.values()}))
+    lines = [f"| nats per token, {windows} windows | " + " | ".join(f"{multiple:g} T" for multiple in multiples) + " |"]
     lines.append("|---" * (len(multiples) + 1) + "|")
     for name, result in results.items():
         loss = {
@@ -128,6 +137,13 @@ class Options:
     picture: str = ""  # also draw the curves into this PNG
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     data_dir: str = ""  # where the token files are; by default where the run had them
+
+    def __post_init__(self):
+        require(self.targets >= 1, f"--targets must be at least 1, not {self.targets}")
+        require(not self.picture or self.picture.endswith(".png"), f"--picture={self.picture} must end in .png")
+        for key, path in (("table", self.table), ("picture", self.picture)):
+            require(Path(path).parent.is_dir(), f"--{key}={path}: there is no folder {Path(path).parent}")
+            require(not path or not Path(path).is_dir(), f"--{key}={path} is a folder; name a file in it")
 
 
 def main(argv):

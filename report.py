@@ -24,8 +24,7 @@ def lines(path, series, x_label, y_label, log_x=False, mark_x=None):
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(series) > 1:
-            axes.legend(frameon=False)
+        axes.legend(frameon=False)
 
     save(path, draw, x_label, y_label, mark_x)
 

@@ -21,7 +21,28 @@ from data import tokenizer
 from errors import UserError
 from model import GPT
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 CKPT, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "best.pt"
+LOCK = "train.lock"
+
+
+def lock(folder):
+    """Make the run folder, and keep other processes from training into it while the file returned is open. None where
+    another process does. The kernel ends the lock with its process, however that ends; the empty file stays."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / LOCK, "w")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def save(folder, name, state):
@@ -54,18 +75,24 @@ def find(run):
 def load(run):
     """A run folder or checkpoint file -> its state, of tensors and plain values. Nothing in it can run code."""
     path = find(run)
+    previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
+    if path.name == CKPT and previous.exists():
+        way_out = f"go back to the one before: mv {previous} {path}"
+    elif path.name != BEST and best.exists():
+        way_out = f"the run's best weights are in {best}: go on from them with --init_from={best} and another --out_dir"
+    else:
+        way_out = "train it anew, with another --out_dir"
     try:
         with warnings.catch_warnings(action="ignore"):  # on pickle protocols: the error says what matters
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} is no checkpoint of ours: it holds more than tensors and plain values, or is damaged; not read"
+            f"{path} is damaged, or no checkpoint of ours: it holds more than tensors and plain values; {way_out}"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0].rstrip(".")[:120]
-        previous = path.with_name(PREVIOUS)
-        way_out = f"; the one before is whole: mv {previous} {path}" if path.name == CKPT and previous.exists() else ""
-        raise UserError(f"{path} is damaged, perhaps cut short ({reason}){way_out}") from None
+    except PermissionError:
+        raise
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+        raise UserError(f"{path} is damaged, perhaps cut short; {way_out}") from None
     if not isinstance(state, dict) or not {"model", "step", "config"} <= state.keys():
         raise UserError(f"{path} is no checkpoint of ours: it lacks model, step or config")
     return state
@@ -91,17 +118,22 @@ def build(config, device="cpu"):
 def load_weights(model, state, fresh=False):
     """Put a checkpoint's weights into the model. An encoding that the checkpoint was not trained with has none there:
     that is an error, or with `fresh` it keeps its initial values."""
-    weights, old = state["model"], state["config"]["posenc"]
-    if not posenc.same(old, model.config.posenc):
+    weights, initial = state["model"], model.state_dict()
+    old, new = state["config"]["posenc"], model.config.posenc
+    if not posenc.same(old, new):
         weights = {name: weight for name, weight in weights.items() if not name.startswith("posenc.")}
-    try:
-        missing, left = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[1:2])
-        raise UserError(f"the checkpoint does not fit these settings: {reason}") from None
-    wrong = [name for name in missing if not (fresh and name.startswith("posenc."))] + left
+        if fresh:
+            weights |= {name: weight for name, weight in initial.items() if name.startswith("posenc.")}
+    shapes = [{(name, weight.shape) for name, weight in held.items()} for held in (weights, initial)]
+    wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
+    if wrong and old != new and all(name.startswith("posenc.") for name in wrong):
+        way_out = "leave out --init_from" if fresh else "train it, or go on from here with train.py's --init_from"
+        raise UserError(f"the checkpoint was trained with {old}, and {new} has weights of its own: {way_out}")
     if wrong:
-        raise UserError(f"the checkpoint, trained with posenc {old!r}, has no weights for, or no use for, {wrong[0]}")
+        raise UserError(
+            f"the checkpoint's weights do not fit these settings ({wrong[0]}); leave the model's size as it was"
+        )
+    model.load_state_dict(weights)
 
 
 @dataclass
@@ -173,8 +205,9 @@ class Log:
     def __init__(self, folder, device, step, max_steps, start):
         self.path, self.main, self.start = Path(folder) / "metrics.jsonl", device.main, start
         self.bar = tqdm(
-            initial=step, total=max_steps, desc=Path(folder).name, unit="step", disable=not self.main,
+            initial=step, total=max_steps, desc=Path(folder).name, disable=not self.main or step >= max_steps,
             mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )  # fmt: skip
         if self.main:
             kept = [line for line in self.lines() if line["step"] <= step]

@@ -13,13 +13,13 @@ import codecs
 import sys
 import time
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 import device as devices
 import runs
-from configs import flags, make
+from configs import Dtype, flags, make
 from data import tokenizer
 from errors import UserError, run
 from model import generate, require
@@ -43,7 +43,7 @@ class Options:
     log_n: bool = False  # multiply queries by ln n / ln T where they see n > T tokens
     crop: int = 0  # no cache: re-encode the last CROP tokens for every token; slow, and never past the training length
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is float32 on the CPU
+    dtype: Dtype = "auto"  # of products; auto is bfloat16 on CUDA, float16 on older CUDA, else float32
 
     def __post_init__(self):
         for key in ("tokens", "temperature", "top_k", "window", "sinks", "crop"):
@@ -122,10 +122,13 @@ def main(argv):
     sys.stdout.reconfigure(errors="replace")
     stream, texts = Stream(encoding), [list(prompt) for _ in range(options.samples)]
     open_texts = set(range(options.samples))
-    stream.write([token for token in prompt if token != end])
     mark = f"\n{colour[0]}[--- {T} tokens: the training length ends here ---]{colour[1]}"
+    if options.samples > 1:
+        print(f"{colour[0]}[--- sample 1 ---]{colour[1]}")
+    stream.write([token for token in prompt[:T] if token != end])
     if len(prompt) >= T:
         print(mark)
+    stream.write([token for token in prompt[T:] if token != end])
     start = time.perf_counter()
     try:
         with device.autocast():

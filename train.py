@@ -74,7 +74,7 @@ def resume(config, out, device, dataset, encoding):
     """The state of the run in the folder `out`, or None where it is new. UserError if that run is another one."""
     if not any((out / name).exists() for name in (runs.CKPT, runs.PREVIOUS)):
         new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-        if not new and not (out / "metrics.jsonl").exists():
+        if not new and not (out / runs.LOCK).exists():
             raise UserError(f"{out} holds other files; choose another folder with --out_dir")
         return None
     state = runs.load(out)
@@ -140,6 +140,9 @@ def train(config, device):
     # Also the point where all have looked before the main process writes.
     if device.sum(step) != (step * device.world,):
         raise UserError(f"not all processes find the same checkpoint in {out}: it must lie on a disk that they share")
+    lock = not device.main or runs.lock(out)  # held until this process ends
+    if device.sum(lock is None) != (0,):
+        raise UserError(f"another process trains into {out}: wait for its end, or choose another folder with --out_dir")
     finished = step >= config.max_steps
 
     def save(name, **more):
@@ -149,8 +152,6 @@ def train(config, device):
                 out, name, {"model": model.state_dict(), "step": step, "config": runs.plain(config)} | known | more
             )
 
-    if device.main:
-        out.mkdir(parents=True, exist_ok=True)
     log, stop = runs.Log(out, device, step, config.max_steps, before_torch.BEGAN), devices.Stop(device)
     if device.main:
         runs.write_json(out / "config.json", runs.plain(config))
@@ -166,7 +167,8 @@ def train(config, device):
     token_bytes, parameters = tokenizer.byte_lengths(encoding), sum(p.numel() for p in model.parameters())
     log.say(
         f"{out}: {parameters / 1e6:.2f} M parameters, {config.posenc}, {len(dataset.train):,} training tokens "
-        f"({config.dataset}, {config.tokenizer}), {device.world} x {devices.describe(device.device)}, {device.dtype}"
+        f"({config.dataset}, {config.tokenizer}), {device.world} x {devices.describe(device.device)}, "
+        f"{str(device.dtype).removeprefix('torch.')}"
     )
 
     tokens_per_step = config.batch_size * config.train_length
@@ -228,7 +230,7 @@ def train(config, device):
             since, since_step = time.perf_counter(), step
             rate = updaters[0].param_groups[0]["lr"]
             log.write(step=step, loss=mean, learning_rate=rate, grad_norm=norm.item(), tokens_per_second=round(speed))
-            shown = {"loss": f"{mean:.3f}", "lr": f"{rate:.1e}", "tok/s": f"{speed:,.0f}"}
+            shown = {"loss": f"{mean:.3f}", "tok/s": f"{speed:,.0f}"}
             if peak := devices.peak(device.device):
                 shown["mfu"] = f"{speed * model.flops_per_token() / (peak * device.world):.0%}"
             log.bar.set_postfix(shown, refresh=False)
@@ -269,22 +271,23 @@ def close(model, config, dataset, device, log, step):
     if device.main:
         log.draw()
         tokens = max(1, min(8 * config.train_length, model.max_length - 8))
-        log.say(f'next: python sample.py {out} --prompt="def " --tokens={tokens}')
+        prompt = ' --prompt="def "' if config.dataset == "python" else ""
+        log.say(f"next: python sample.py {out}{prompt} --tokens={tokens}")
 
 
 def main(argv):
     config = settle(*configs.parse(argv))
     device = devices.choose(config.device, config.dtype)
     try:
-        return train(config, device)
+        status = train(config, device)
     except RuntimeError as error:  # CUDA has a class for it, MPS and the CPU do not
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         now = config.micro_batch_size or config.batch_size // device.world
         raise UserError(f"out of memory: lower --micro_batch_size (now {now}); gradients accumulate") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: others would take our leaving for what went wrong
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

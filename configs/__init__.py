@@ -18,6 +18,8 @@ from errors import UserError
 from model import GPTConfig, require
 from posenc import nearest
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 @dataclass
 class Config(GPTConfig):
@@ -27,7 +29,7 @@ class Config(GPTConfig):
 
     # what it learns from
     dataset: Literal["python", "shakespeare", "text"] = "python"  # the corpus; 'text' is your own, named with --text
-    text: str | list = ""  # a file or folder, or a list of them, for dataset = "text"
+    text: str | list = ""  # your file or folder, for dataset = "text"; several: --text='["a.txt", "b/"]'
     tokenizer: str = "bytes"  # bytes, bpe (4,096 tokens, shipped), a tiktoken name such as gpt2, or a .tiktoken file
     data_dir: str = "data"  # token files go to its tokens/, downloads to its raw/
     seed: int = 1337  # of initial weights, batches and dropout
@@ -58,7 +60,7 @@ class Config(GPTConfig):
     # where
     out_dir: str = ""  # the run's folder; by default out/ and the config names joined by '-'
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
+    dtype: Dtype = "auto"  # of products; auto is bfloat16 where the hardware has it, float16 on older CUDA, or float32
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto means on CUDA
 
     def __post_init__(self):
@@ -234,6 +236,8 @@ def flags(argv, cls):
             print(help_text(cls))
             raise SystemExit(0)
         if not word.startswith("--"):
+            if word.startswith("-"):
+                raise UserError(f"{word} has one dash; write -{word}")
             positional.append(word)
             continue
         key, given, text = word[2:].partition("=")

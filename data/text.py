@@ -1,10 +1,20 @@
 """dataset = "text": files or folders of the user's own, UTF-8. Every file is a document."""
 
+import os
+import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 from errors import UserError
 
 HELD_OUT = 0.1  # of the text goes to validation
+
+
+def named(config):
+    """The files and folders that `text` names, as list of Path."""
+    paths = [config.text] if isinstance(config.text, str) else config.text
+    return [Path(os.path.expanduser(path)) for path in paths]
 
 
 def find(paths):
@@ -33,13 +43,12 @@ def read(path):
 
 def files(config):
     """The files that dataset = "text" consists of. UserError where there is no text in them."""
-    paths = [config.text] if isinstance(config.text, str) else config.text
-    found = find(paths)
+    found = find(named(config))
     for file in found:
         if not file.exists():
             raise UserError(f"--text: no file or folder {file}")
     if not any(file.stat().st_size for file in found):
-        raise UserError(f"--text: {', '.join(map(str, paths))}: nothing but empty files")
+        raise UserError(f"--text: {', '.join(map(str, named(config)))}: nothing but empty files")
     return found
 
 
@@ -49,8 +58,20 @@ def signature(config):
 
 
 def documents(config):
-    """Yields (split, text). Whole files are held out where there are enough of them, else the end of each file."""
-    found = [file for file in files(config) if file.stat().st_size]
+    """Yields (split, text). Whole files are held out where there are enough of them, else the end of each file. What is
+    no text in a folder is left out."""
+    found, refused = [], []
+    for file in files(config):
+        try:
+            found += [file] if read(file) else []
+        except UserError as error:
+            if file in named(config):
+                raise
+            refused.append(str(error))
+    if refused:
+        tqdm.write(f"--text: {len(refused)} of its files left out; the first: {refused[0]}", file=sys.stderr)
+    if not found:
+        raise UserError(f"--text: {', '.join(map(str, named(config)))}: no file in it is UTF-8 text")
     every = round(1 / HELD_OUT)
     for index, file in enumerate(found):
         text = read(file)

@@ -280,6 +280,10 @@ def test_a_flag_without_its_value_says_how_to_write_it():
         assert "--n_layer needs a value" in said and "--n_layer=4" in said
 
 
+def test_a_flag_with_one_dash_is_told_to_take_two():
+    assert "write --max_steps=5" in mistake(configs.parse, ["-max_steps=5"])
+
+
 def test_missing_config_file_names_the_nearest():
     said = mistake(configs.parse, ["configs/ropes.py"])
     assert "configs/ropes.py" in said and "did you mean 'configs/rope.py'?" in said

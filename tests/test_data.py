@@ -403,6 +403,30 @@ def test_text_of_nothing_but_empty_files_is_named(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_binary_file_is_left_out_of_a_folder_and_refused_by_name(tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("good text\n" * 99)
+    for name in ("b.png", "c.png"):
+        (folder / name).write_bytes(b"good text, then \x89PNG\xff")
+    opened = open_dataset(config_of(tmp_path, folder))
+    assert b"".join(texts(opened, "train") + texts(opened, "val")) == b"good text\n" * 99
+    said = capsys.readouterr().err
+    assert f"2 of its files left out; the first: {folder}/b.png is not UTF-8 text" in said
+    config = config_of(tmp_path, folder)
+    config.text = [str(folder / "a.txt"), str(folder / "c.png")]
+    assert f"{folder}/c.png is not UTF-8 text" in mistake(config)
+    (folder / "a.txt").unlink()
+    assert f"{folder}: no file in it is UTF-8 text" in mistake(config_of(tmp_path, folder))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, corpus, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (
+        open_dataset(config_of(tmp_path, f"~/{corpus.name}")).folder == open_dataset(config_of(tmp_path, corpus)).folder
+    )
+
+
 def test_text_must_be_longer_than_a_window(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("x" * 100)  # 10 go to validation; with the end of text 11 tokens, for inputs and one target more

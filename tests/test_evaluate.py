@@ -109,7 +109,7 @@ def test_the_command_puts_runs_side_by_side(trained, learned, call_script, tmp_p
     done = call_script("evaluate.py", trained, learned, *flags)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
-    assert page.startswith("before\n<!-- evaluate -->\n| loss at | 0.5 T | 1 T |")
+    assert page.startswith("before\n<!-- evaluate -->\n| nats per token, 4 windows | 0.5 T | 1 T |")
     assert page.endswith(".\n<!-- /evaluate -->\nafter\n")
     assert "old" not in page
     assert page.count("no position") == 4
@@ -119,8 +119,18 @@ def test_the_command_puts_runs_side_by_side(trained, learned, call_script, tmp_p
 
 
 def test_the_command_refuses_in_one_line(trained, call_script):
-    for argv, said in (([], "which runs"), (["nowhere"], "no run nowhere"), ([trained, "--target=3"], "'targets'")):
+    for argv, said in (
+        ([], "which runs"),
+        (["nowhere"], "no run nowhere"),
+        ([trained, "--target=3"], "'targets'"),
+        ([trained, "--targets=0"], "at least 1"),
+        ([trained, "--picture=nowhere/a.png"], "no folder nowhere"),
+        ([trained, "--table=nowhere/a.md"], "no folder nowhere"),
+        ([trained, f"--table={trained}"], "is a folder"),
+        ([trained, "--picture=a.pdf"], "must end in .png"),
+    ):
         done = call_script("evaluate.py", *argv)
+        assert done.stdout == ""
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert said in done.stderr
 

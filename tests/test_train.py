@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import ENV, TINY, command, run
 
+import runs
 import train
 from configs import Config
 from device import Device
@@ -53,6 +54,7 @@ def test_a_run_leaves_what_other_programs_read(trained, corpus):
         "length.json",
         "loss.png",
         "length.png",
+        "train.lock",
     }
     assert names == expected
     assert json.loads((out / "config.json").read_text())["n_embd"] == 32
@@ -78,7 +80,9 @@ def test_a_finished_run_says_so_and_changes_nothing(trained, corpus):
     before = (out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text()
     again = run(corpus, out)
     assert "finished" in again.stdout
-    assert f"python sample.py {out}" in again.stdout
+    assert ", float32\n" in again.stdout
+    assert f"python sample.py {out} --tokens=128\n" in again.stdout  # a prompt of Python is for Python alone
+    assert "%" not in again.stderr  # no progress where there is none to make
     assert before == ((out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text())
 
 
@@ -334,7 +338,11 @@ def test_a_cut_checkpoint(copy, refuse):
     whole = (copy / "ckpt.pt").read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 100):
         (copy / "ckpt.pt").write_bytes(whole[:size])
-        refuse(copy, r"ckpt.pt is (damaged|no checkpoint).*ckpt_prev.pt")
+        refuse(copy, r"ckpt.pt is damaged.* mv \S+/ckpt_prev.pt \S+/ckpt.pt$")
+    (copy / "ckpt_prev.pt").unlink()
+    refuse(copy, r"ckpt.pt is damaged.*--init_from=\S+/best.pt and another --out_dir$")
+    (copy / "best.pt").unlink()
+    refuse(copy, r"ckpt.pt is damaged.*anew, with another --out_dir$")
 
 
 def test_a_checkpoint_cannot_run_code(copy, tmp_path, refuse):
@@ -383,8 +391,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
         assert all(weight.isfinite().all() for weight in state(out, file.name)["model"].values())
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_run_into_the_same_folder(corpus, tmp_path, processes):
+    """It leaves, on all its processes, and the first goes on; what was killed holds nothing."""
+    out, settings = tmp_path / "run", {"max_steps": 100000, "checkpoint_interval": 100000, "eval_interval": 100000}
+    first = subprocess.Popen(
+        command(corpus, out, **settings), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while first.poll() is None and not ((out / "metrics.jsonl").exists() and metrics(out, "loss")):
+        time.sleep(0.01)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    line = command(corpus, out, launcher if processes > 1 else (), **settings)
+    second = subprocess.run(line, env=ENV, capture_output=True, text=True, check=False, timeout=120)
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    assert second.stderr.count("train.py: another process trains into") == 1
+    assert processes > 1 or (second.returncode, second.stderr.count("\n"), second.stdout) == (2, 1, "")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    run(corpus, out, max_steps=1)
+    assert state(out)["step"] == 1
+
+
 def test_a_missing_init_from(tmp_path, refuse):
     refuse(tmp_path / "new", "no run .*nowhere", init_from="nowhere")
+
+
+def test_weights_that_do_not_fit(learned, tmp_path, refuse):
+    refuse(tmp_path / "new", "do not fit .*leave the model's size", init_from=learned, n_embd=64)
+    old, new = (runs.build(Config(vocab_size=257, n_layer=1, posenc=spec)) for spec in ("t5", "t5(buckets=16)"))
+    with pytest.raises(UserError, match=r"with t5, and t5\(buckets=16\) has weights of its own: leave out --init_from"):
+        runs.load_weights(new, {"model": old.state_dict(), "config": {"posenc": "t5"}}, fresh=True)
 
 
 # ---- pieces
