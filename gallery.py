@@ -5,7 +5,7 @@
 
 Trains what has no finished run yet (all of them with the same data and initial weights; about two CPU minutes each),
 measures the loss from T to 16 T, and the speed of all encodings in turn. Each picture shows what the trained encoding
-does: to the logits of a query at 4 T over keys that differ from each other in nothing but position, or to the embeddings.
+does to the logits of a query at 4 T, over keys that differ in nothing but position, or what it adds to the embeddings.
 """
 
 import before_torch  # noqa: F401  # isort: skip
@@ -104,22 +104,22 @@ def picture(path, encoding, T):
     report.lines(path, curves, "distance / T", "change of the logit", mark_x=1)
 
 
-def page(rows, table, config, pictures):
+def page(config, pictures):
     """The Markdown of docs/encodings.md."""
     T = config.train_length
     lines = [
         "# Every encoding: formula, picture, facts",
         "",
-        f"T is the training length, here {T} tokens. Losses are in nats per token, for the same last T/4 tokens of windows "
-        "inside one long validation document, with L tokens of input: past T, a loss that falls uses the longer context, one "
-        "that is flat ignores it, one that rises is broken by it. Speeds are ratios within one run. A row with an arrow "
-        "lays the second encoding over the trained weights of the first, without training.",
+        f"T is the training length, here {T} tokens. Losses are in nats per token, for the same last T/4 tokens of",
+        "windows inside one long validation document each, with L tokens of input: past T, a loss that falls uses the",
+        "longer context, one that is flat ignores it, one that rises is broken by it. A row with an arrow lays the",
+        "second encoding over the trained weights of the first, without training. Speeds are ratios within one run.",
         "",
         "<!-- encodings -->",
         "<!-- /encodings -->",
         "",
-        f"The pictures span {SEEN} T; the dashed line is T. They show, for the first layer of each trained model, how the "
-        "logits of the last query change over keys that are all equal, at random vectors; or what is added.",
+        f"The pictures span {SEEN} T, with a dashed line at T. They show, for the first layer of each model, how the",
+        "logits of the last query change over keys that are all equal (the mean of random vectors); or what is added.",
     ]
     for name, cls in ENCODINGS.items():
         lines += ["", f"## {name}", "", inspect.cleandoc(cls.__doc__)]
@@ -190,7 +190,7 @@ def main(argv):
         rows[spec]["speed"], rows[spec]["decode"] = measured[spec][0] / measured["none"][0], measured[spec][1]
     lines = table(rows, config.train_length)
     print("\n".join(lines))
-    runs.write_whole(docs / "encodings.md", "\n".join(page(rows, table, config, pictures)) + "\n")
+    runs.write_whole(docs / "encodings.md", "\n".join(page(config, pictures)) + "\n")
     command = " ".join(["python gallery.py", *argv])
     made = dict(seed=config.seed, dtype=str(device.dtype).removeprefix("torch."), windows=config.targets)
     report.write_table(docs / "encodings.md", "encodings", lines, command, device.device, **made)

@@ -136,8 +136,8 @@ class Cache:
 
 
 class Memory:
-    """Transformer-XL's recurrence (Dai et al. 2019, section 3.2): what entered every layer for the last segment, without
-    its gradient. It stands before the tokens of the next segment, so keys and values reach back over it."""
+    """Transformer-XL's recurrence (Dai et al. 2019, section 3.2): what entered every layer for the last segment,
+    without its gradient. It stands before the next segment's tokens, so that keys and values reach back over it."""
 
     def __init__(self):
         self.next = 0  # the position of the next token
@@ -188,8 +188,9 @@ def fused(encoding, q):
 def attend(encoding, q, k, v, q_pos, k_pos, seen=None, sunk=None, dropout=0.0, state=None):
     """Attention of queries (B, H, T, D) over keys and values (B, H_kv, S, D) -> (B, H, T, D).
 
-    q and k are as `encoding.rotate` left them. seen (T, S) bool; None means keys up to the query's own, the queries being
-    the last T of the tokens. sunk: (q, k, positions (T,), which keys are sinks (S,)) for keys met at other distances.
+    q and k are as `encoding.rotate` left them. seen (T, S) bool; None means keys up to the query's own, the queries
+    being the last T of the tokens. sunk: (q, k, positions (T,), which keys are sinks (S,)) for keys met at other
+    distances.
     """
     if sunk is None and fused(encoding, q):
         causal, mask = seen is None and len(q_pos) == len(k_pos) and len(q_pos) > 1, seen
@@ -248,7 +249,7 @@ class Attention(nn.Module):
             sunk = near_q, k if encoding.rotate_once else near_k, call.near, k_pos < call.sinks
         dropout, S = self.dropout if self.training else 0.0, len(k_pos)
         chunk = min(CHUNK, encoding.chunk) if x.device.type == "cpu" else CHUNK
-        if T <= chunk or (sunk is None and not encoding.biases and fused(encoding, q)):
+        if chunk >= T or (sunk is None and not encoding.biases and fused(encoding, q)):
             y = attend(encoding, q, k, v, pos, k_pos, call.seen, sunk, dropout, state)
         else:  # so that memory grows with S, not with T S; and gradients recompute a chunk's logits
             parts = []

@@ -16,8 +16,8 @@ cache, a shifted window or a random position needs no special case. Angles, dist
 (float64 when the model is) and cast last: bfloat16 cannot tell positions above 256 apart.
 
 i is a query's position, j a key's, n = i - j >= 0, D the width of a head, C of the model, H the number of heads, T the
-training length. To add an encoding, write one class below. Its name is then a value of the `posenc` flag, and the tests,
-the benchmark and the gallery find it by themselves.
+training length. To add an encoding, write one class below. Its name is then a value of the `posenc` flag, and the
+tests, the benchmark and the gallery find it by themselves.
 """
 
 import ast
@@ -90,7 +90,8 @@ class Encoding(nn.Module):
         """Create parameters and check arguments (ValueError)."""
 
     def init_parameter(self, name, parameter, generator):
-        """Draw the parameter called `name`, in place. Here: matrices of linear layers from N(0, 1 / inputs), else zeros."""
+        """Draw the parameter called `name`, in place. Here: matrices of linear layers from N(0, 1 / inputs), all else
+        zeros."""
         parameter.zero_()
         if parameter.dim() == 2 and name.endswith(".weight"):
             parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
@@ -154,7 +155,7 @@ class Encoding(nn.Module):
         return self.kept[mark][1]
 
     def once_per_weights(self, key, compute):
-        """The same for what depends on the parameters: kept until they change, and computed anew where gradients flow."""
+        """The same for what depends on the parameters: kept until they change, computed anew where gradients flow."""
         if torch.is_grad_enabled():
             return compute()
         return self.once((*key, *((p.data_ptr(), p._version) for p in self.parameters())), compute)
@@ -363,10 +364,10 @@ class Shaw(Encoding):
 
         e_ij = q_i (k_j + aK[c]) / sqrt(D),  z_i = sum_j alpha_ij (v_j + aV[c]),  c = min(n, K)
 
-    Shared by the heads of a layer; 2 (K + 1) D parameters a layer, as causal attention meets one direction only. Queries
-    meet the table and not a T x T x D tensor of keys. Past T all far keys count as K away, a distance that training met
-    all the time: the loss rises slowly, as attention spreads over more of them. `with_values=False` leaves aV out.
-    Trap: this clipped table is often sold as Transformer-XL's.
+    Shared by the heads of a layer; 2 (K + 1) D parameters a layer, as causal attention meets one direction only.
+    Queries meet the table and not a T x T x D tensor of keys. Past T all far keys count as K away, a distance that
+    training met all the time: the loss rises slowly, as attention spreads over more of them. `with_values=False`
+    leaves aV out. Trap: this clipped table is often sold as Transformer-XL's.
     """
 
     name = "shaw"
@@ -396,9 +397,9 @@ class TransformerXL(Encoding):
         (q_i k_j + q_i W r_n + u k_j + v W r_n) / sqrt(D),  r_n the sinusoid of n,  u, v learned for every head
 
     C^2 + 2 C parameters a layer; values are untouched. Train it with `--segments`, which reads a window segment by
-    segment over the hidden states of the segment before (their gradient stopped): that, and not the bias, carried the
-    paper's long contexts. Past T the projected sinusoids meet new phases, and the loss rises. Traps: it is not a clipped
-    table of 2 R + 1 rows, which is Shaw's; and W r depends on the weights alone, so decoding keeps it.
+    segment over the hidden states of the segment before (their gradient stopped): that, and not the bias, carried
+    the paper's long contexts. Past T the projected sinusoids meet new phases, and the loss rises. Traps: it is not
+    a clipped table of 2 R + 1 rows, which is Shaw's; and W r depends on the weights alone, so decoding keeps it.
     """
 
     name = "transformer_xl"
@@ -583,9 +584,9 @@ class ReRoPE(RoPE):
 
         n' = n for n < w, else w + (n - w) / leak,  where leak=0 stands for infinity
 
-    For a trained rope model, at test time: `--posenc=rerope`. `window` w is T/2 unless given. No distance past T is ever
-    met, so the loss stays near its value at T; all far keys look equally far. Costs two products of queries and keys and
-    the fused kernel.
+    For a trained rope model, at test time: `--posenc=rerope`. `window` w is T/2 unless given. No distance past T is
+    ever met, so the loss stays near its value at T; all far keys look equally far. Costs two products of queries
+    and keys and the fused kernel.
     """
 
     name = "rerope"
@@ -618,9 +619,9 @@ class SelfExtend(ReRoPE):
 
         n' = n for n < w, else floor(i / G) - floor(j / G) + w - floor(w / G)
 
-    For a trained rope model, at test time: `--posenc=self_extend`. `window` w is T/2 unless given; distances stay below T
-    up to a context of w + (T - w) G, 16.5 T for the default `group` G. Costs what ReRoPE costs. Trap: rounding i and j
-    down each by itself makes it not quite a function of i - j.
+    For a trained rope model, at test time: `--posenc=self_extend`. `window` w is T/2 unless given; distances stay
+    below T up to a context of w + (T - w) G, 16.5 T for the default `group` G. Costs what ReRoPE costs. Trap:
+    rounding i and j down each by itself makes it not quite a function of i - j.
     """
 
     name = "self_extend"
@@ -670,9 +671,10 @@ class T5(Encoding):
         b = w[h, bucket(n)],  bucket(n) = n for n < E, else E + floor(ln(n / E) / ln(M / E) E) and at most 2E - 1
 
     with 2E = 32 buckets, M = 128: the last bucket begins at n = 113 and holds all distances beyond, so nothing is
-    undefined past T, and the loss stays near its value at T for a while. `bidirectional=True` is the encoder's rule: half
-    of the buckets for each direction (a decoder uses one half). One table for all layers: 2E H parameters, starting at
-    zero. Trap: it is a scalar on the logits of self-attention, not a vector added to keys or values.
+    undefined past T, and the loss stays near its value at T for a while. `bidirectional=True` is the encoder's
+    rule: half of the buckets for each direction (a decoder uses one half). One table for all layers: 2E H
+    parameters, starting at zero. Trap: it is a scalar on the logits of self-attention, not a vector added to keys
+    or values.
     """
 
     name = "t5"
@@ -691,7 +693,7 @@ class T5(Encoding):
         self.weight = nn.Parameter(torch.empty(self.buckets, self.n_head))
 
     def bucket(self, n):
-        """n of any sign, int64 -> buckets of the same shape. Keys that come later share bucket 0, or have their half."""
+        """n of any sign, int64 -> buckets of the same shape. Later keys share bucket 0, or have their half."""
         distance = n.abs() if self.bidirectional else n.clamp(min=0)
         # float32 as in the authors' code; n = 113 and not 112 opens the last bucket in float64 too
         spread = torch.log(distance.clamp(min=1) / self.exact) / math.log(self.max_distance / self.exact)
@@ -742,9 +744,9 @@ class FIRE(Encoding):
 
         b = MLP(psi(n) / psi(max(i, L))),  psi(x) = ln(c x + 1),  the MLP 1 -> 32 -> H with ReLU
 
-    c starts at .1, L at T; both are learned. About 32 (H + 2) parameters a layer. The argument lies in 0 ... 1 at any
-    length, so nothing is outside what training met, and the loss stays flat for a while. It depends on i too: logits are
-    not relative, and no table of distances can hold them.
+    c starts at .1, L at T; both are learned. About 32 (H + 2) parameters a layer. The argument lies in 0 ... 1 at
+    any length, so nothing is outside what training met, and the loss stays flat for a while. It depends on i too:
+    logits are not relative, and no table of distances can hold them.
     """
 
     name = "fire"
@@ -775,8 +777,9 @@ class Sandwich(Encoding):
 
         b = (sum_{m=1}^{d/2} cos(n / 10000^(2m/d)) - d/2) H / (8 h),  d = 128, h = 1 ... H
 
-    No parameters. It falls about as the logarithm of the distance, and fast in the first heads, slowly in the last; past
-    T it goes on falling, and the loss stays flat. Trap: copies that sum n w_m instead of cos(n w_m) are linear biases.
+    No parameters. It falls about as the logarithm of the distance, and fast in the first heads, slowly in the last;
+    past T it goes on falling, and the loss stays flat. Trap: copies that sum n w_m instead of cos(n w_m) are linear
+    biases.
     """
 
     name = "sandwich"
@@ -802,11 +805,12 @@ class Sandwich(Encoding):
 class CoPE(Encoding):
     """Contextual position encoding: keys are counted only if a gate opens on them (Golovneva et al. 2024, section 4).
 
-        g_ij = sigmoid(q_i k_j / sqrt(D)),  p_ij = sum_{t=j..i} g_it,  b_ij = q_i e[p_ij], between two rows for fractions
+        g_ij = sigmoid(q_i k_j / sqrt(D)),  p_ij = sum_{t=j..i} g_it,  b_ij = q_i e[p_ij], between rows for fractions
 
-    p is at most `positions` - 1. positions D parameters a layer, starting at zero; and two gathers of B H T S elements, so
-    it is slow. It counts words or lines where the content says so. Past T the gates, summed over more keys, push far keys
-    to the last row together, which training met: the loss rises slowly. Positions themselves are never used.
+    p is at most `positions` - 1. positions D parameters a layer, starting at zero; and two gathers of B H T S
+    elements, so it is slow. It counts words or lines where the content says so. Past T the gates, summed over more
+    keys, push far keys to the last row together, which training met: the loss rises slowly. Positions themselves
+    are never used.
     """
 
     name = "cope"
@@ -834,9 +838,10 @@ class FoX(Encoding):
 
         b_ij = sum_{t=j+1..i} ln f_t = F_i - F_j,  f_t = sigmoid(w_h x_t + b_h)
 
-    H (C + 1) parameters a layer. The cache keeps the running sum F beside the keys. Past T what is far has been forgotten,
-    as in alibi, but by decisions of the content: the loss stays flat. Positions themselves are never used. Traps: F in
-    half precision loses the small differences that matter; and sinks are forgotten like anything else.
+    H (C + 1) parameters a layer. The cache keeps the running sum F beside the keys. Past T what is far has been
+    forgotten, as in alibi, but by decisions of the content: the loss stays flat. Positions themselves are never
+    used. Traps: F in half precision loses the small differences that matter; and sinks are forgotten like anything
+    else.
     """
 
     name = "fox"
@@ -859,8 +864,8 @@ class DAPE(Kerple):
 
         S + B + MLP([S ; B]),  S = q k^T / sqrt(D),  B the bias of kerple,  the MLP 2H -> 32 -> H with leaky ReLU
 
-    applied to every pair of query and key: about 100 H parameters a layer, and a tensor of B 32 T S elements, which makes
-    it the slowest here. Past T it keeps what kerple gives and corrects it by content.
+    applied to every pair of query and key: about 100 H parameters a layer, and a tensor of B 32 T S elements, which
+    makes it the slowest here. Past T it keeps what kerple gives and corrects it by content.
     """
 
     name = "dape"
@@ -889,9 +894,9 @@ class Randomized(Encoding):
         train: T positions drawn from 0 ... L - 1 without replacement, in order, anew for every step
         test:  0, s, 2s, ... with the stride s = floor(L / length), at least 1
 
-    around any `inner` encoding, which is built for L = `length`, 16 T unless given. The authors sample at test time too; a
-    fixed stride is their mean, and lets a cache be exact. Costs what the inner one costs. In distribution it is worse than
-    its inner encoding, since neighbours are rarely one apart; up to L it rises slowly.
+    around any `inner` encoding, which is built for L = `length`, 16 T unless given. The authors sample at test time
+    too; a fixed stride is their mean, and lets a cache be exact. Costs what the inner one costs. In distribution it
+    is worse than its inner encoding, since neighbours are rarely one apart; up to L it rises slowly.
     """
 
     name = "randomized"

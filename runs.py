@@ -32,9 +32,14 @@ LOCK = "train.lock"
 
 def lock(folder):
     """Make the run folder, and keep other processes from training into it while the file returned is open. None where
-    another process does. The kernel ends the lock with its process, however that ends; the empty file stays."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder) / LOCK, "w")  # noqa: SIM115
+    another process does. The kernel ends the lock with its process, however that ends; the empty file stays. UserError
+    for a folder that holds something else."""
+    folder = Path(folder)
+    ours = any((folder / name).exists() for name in (LOCK, CKPT, PREVIOUS))
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} holds other files; choose another folder with --out_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / LOCK, "w")  # noqa: SIM115
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -70,12 +70,9 @@ def learning_rate(config, step):
     return config.final_lr + (1 - config.final_lr) * fall
 
 
-def resume(config, out, device, dataset, encoding):
+def resume(config, out, dataset, encoding):
     """The state of the run in the folder `out`, or None where it is new. UserError if that run is another one."""
     if not any((out / name).exists() for name in (runs.CKPT, runs.PREVIOUS)):
-        new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-        if not new and not (out / runs.LOCK).exists():
-            raise UserError(f"{out} holds other files; choose another folder with --out_dir")
         return None
     state = runs.load(out)
     old, new = state["config"], runs.plain(config)
@@ -113,16 +110,14 @@ def train(config, device):
             f"vocab_size={config.vocab_size} is too small: tokenizer {config.tokenizer} has {encoding.n_vocab}"
         )
 
-    state = resume(config, out, device, dataset, encoding)
+    state = resume(config, out, dataset, encoding)
     model = runs.build(config, device.device)
     if model.max_length < config.train_length:
         raise UserError(f"train_length={config.train_length}: {model.too_long(config.train_length)}")
     if config.segments > 1:
-        for encoding in model.posenc:
-            if not encoding.relative:
-                raise UserError(
-                    f"segments={config.segments} needs an encoding of relative positions: {encoding.name} is none"
-                )
+        absolute = [one.name for one in model.posenc if not one.relative]
+        if absolute:
+            raise UserError(f"segments={config.segments} needs relative positions, and those of {absolute[0]} are not")
     updaters = optimizers.make(model, config, device)
     scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
     step, best = 0, math.inf
@@ -272,7 +267,10 @@ def close(model, config, dataset, device, log, step):
         log.draw()
         tokens = max(1, min(8 * config.train_length, model.max_length - 8))
         prompt = ' --prompt="def "' if config.dataset == "python" else ""
-        log.say(f"next: python sample.py {out}{prompt} --tokens={tokens}")
+        window = (
+            f" --window={config.train_length}" if config.segments > 1 else ""
+        )  # it learned with that much behind it
+        log.say(f"next: python sample.py {out}{prompt} --tokens={tokens}{window}")
 
 
 def main(argv):
