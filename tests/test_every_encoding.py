@@ -1,0 +1,132 @@
+"""What every encoding goes through in a run: steps in bfloat16, an exact resume, two processes, torch.compile."""
+
+import shutil
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from test_train import metrics, same, state
+from tiny import command
+from torch.nn.parallel import DistributedDataParallel
+
+import posenc
+from model import GPT, GPTConfig
+from posenc import ENCODINGS
+
+# What is trained: all of them and their variants; values that stretch a finished run are for test time.
+TRAINED = [spec for name, cls in ENCODINGS.items() for spec in (name, *cls.variants)]
+T = 16
+
+
+def model_of(spec, seed=0):
+    model = GPT(GPTConfig(posenc=spec, vocab_size=50, n_layer=2, n_embd=32, train_length=T, zero_init=False), seed)
+    torch.manual_seed(7)
+    for parameter in model.posenc.parameters():
+        torch.nn.init.normal_(parameter)
+    model.redraw(T, seed=3)
+    return model
+
+
+def gradients(model, loss):
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("spec", TRAINED)
+def test_it_learns_in_bfloat16_and_resumes_exactly(spec, corpus, tmp_path, call_script):
+    """50 steps, and the last 25 of them once more from the checkpoint between, end in the same bits."""
+    settings = dict(posenc=spec, max_steps=50, checkpoint_interval=25, eval_interval=50, dtype="bfloat16")
+    out, again = tmp_path / "run", tmp_path / "again"
+    done = call_script("train.py", *command(corpus, out, **settings)[2:])
+    assert done.returncode == 0, done.stderr
+    loss = metrics(out, "loss")
+    assert loss[50] < loss[1] - 1
+    shutil.copytree(out, again)
+    (again / "ckpt_prev.pt").replace(again / "ckpt.pt")
+    assert state(again)["step"] == 25
+    call_script("train.py", *command(corpus, again, **settings)[2:])
+    assert same(state(again), state(out) | {"config": state(again)["config"]})
+    assert metrics(again, "loss") == loss
+
+
+def one_of_two(rank, port, results):
+    """A process that computes its half of a batch with every encoding in turn."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for spec in TRAINED:
+        tokens = torch.randint(50, (4, T + 1), generator=torch.Generator().manual_seed(5))[2 * rank : 2 * rank + 2]
+        model = model_of(spec)
+        forward = DistributedDataParallel(model)
+        found = gradients(model, forward(tokens[:, :-1], tokens[:, 1:]).mean())
+        if rank == 0:
+            torch.save(found, results / f"{TRAINED.index(spec)}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_compute_the_gradients_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(one_of_two, (port, tmp_path), nprocs=2)
+    tokens = torch.randint(50, (4, T + 1), generator=torch.Generator().manual_seed(5))
+    for index, spec in enumerate(TRAINED):
+        model = model_of(spec)
+        expected = gradients(model, model(tokens[:, :-1], tokens[:, 1:]).mean())
+        for name, gradient in torch.load(tmp_path / f"{index}.pt").items():
+            assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), (spec, name)
+
+
+@pytest.mark.parametrize("spec", TRAINED)
+def test_compiled_it_computes_the_same(spec):
+    """Traced and differentiated by torch.compile; the generated code itself is torch's to test."""
+    tokens = torch.randint(50, (2, T + 1))
+    found = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = model_of(spec)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        loss = forward(tokens[:, :-1], tokens[:, 1:]).mean()
+        found.append((loss.item(), gradients(model, loss)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in posenc.every() if posenc.parse(spec)[0].relative and "dynamic" not in spec]
+)
+def test_segments_over_a_memory_equal_the_whole_in_one_layer(spec):
+    """With more layers they do not: the memory's own context is a segment shorter. (dynamic turns by other angles at
+    other lengths.)"""
+    config = GPTConfig(posenc=spec, vocab_size=50, n_layer=1, n_embd=32, train_length=T, zero_init=False)
+    model, tokens = GPT(config).double().eval(), torch.randint(50, (2, 2 * T + 1))
+    for parameter in model.posenc.parameters():
+        torch.nn.init.normal_(parameter)
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    assert torch.allclose(model(x, y, segments=2), model(x, y), rtol=0, atol=1e-10)
+    assert not torch.allclose(model(x[:, T:], y[:, T:]), model(x, y)[:, T:], rtol=0, atol=1e-3)
+
+
+def test_no_gradient_flows_into_the_memory():
+    model, tokens = model_of("transformer_xl"), torch.arange(2 * T + 1)[None]
+    model(tokens[:, :-1], tokens[:, 1:], segments=2)[:, T:].sum().backward()
+    gradient = model.token.weight.grad.abs().sum(-1)
+    assert gradient[:T].sum() == 0
+    assert gradient[T : 2 * T].min() > 0
+
+
+def test_segments_train_resume_and_are_refused_for_absolute_positions(corpus, tmp_path, call_script):
+    settings = dict(posenc="transformer_xl", segments=2, max_steps=20, checkpoint_interval=10)
+    out, again = tmp_path / "run", tmp_path / "again"
+    assert call_script("train.py", *command(corpus, out, **settings)[2:]).returncode == 0
+    assert metrics(out, "loss")[20] < metrics(out, "loss")[1] - 0.5
+    shutil.copytree(out, again)
+    (again / "ckpt_prev.pt").replace(again / "ckpt.pt")
+    call_script("train.py", *command(corpus, again, **settings)[2:])
+    assert same(state(again)["model"], state(out)["model"])
+    done = call_script("train.py", *command(corpus, tmp_path / "no", **(settings | {"posenc": "sinusoidal"}))[2:])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "needs relative positions" in done.stderr
