@@ -177,12 +177,18 @@ def visible(q_pos, k_pos, window=None, sinks=0):
     return seen if window is None else seen & ((n < window) | (k_pos < sinks))
 
 
-def fused(encoding, q):
-    """Whether the fused kernel computes what this encoding asks for. In half precision it would round biases, which
-    merges distances; and on the CPU the one for bfloat16 is several times slower than plain products."""
+def kernel(encoding, q, seen, sunk, keys):
+    """How attention of q (B, H, T, D) over so many keys is computed: "fused", "folded", "biased" (the fused kernel with a
+    mask of numbers) or "written out". In half precision the kernel would round biases, which merges distances; and on
+    the CPU the one for bfloat16 is several times slower than plain products."""
     half = q.dtype in (torch.bfloat16, torch.float16)
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return not (encoding.writes_out or slow or (half and encoding.biases))
+    if encoding.writes_out or sunk is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+        return "written out"
+    if not encoding.biases:
+        return "fused"
+    if half and encoding.folds and seen is None and q.shape[2] == keys:
+        return "folded"
+    return "written out" if half else "biased"
 
 
 def attend(encoding, q, k, v, q_pos, k_pos, seen=None, sunk=None, dropout=0.0, state=None):
@@ -192,15 +198,20 @@ def attend(encoding, q, k, v, q_pos, k_pos, seen=None, sunk=None, dropout=0.0, s
     being the last T of the tokens. sunk: (q, k, positions (T,), which keys are sinks (S,)) for keys met at other
     distances.
     """
-    if sunk is None and fused(encoding, q):
-        causal, mask = seen is None and len(q_pos) == len(k_pos) and len(q_pos) > 1, seen
-        if encoding.biases or (seen is None and 1 < len(q_pos) < len(k_pos)):
-            mask = visible(q_pos, k_pos) if seen is None else seen
-            if encoding.biases:
-                mask, causal = encoding.bias(q_pos, k_pos).masked_fill(~mask, -math.inf).to(q.dtype), False
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    how, T, S, D = kernel(encoding, q, seen, sunk, len(k_pos)), len(q_pos), len(k_pos), v.shape[-1]
+    if how != "written out":
+        causal, mask = seen is None and T == S, seen
+        if how == "biased" or (seen is None and 1 < T < S):
+            causal, mask = False, visible(q_pos, k_pos) if seen is None else seen
+        if how == "biased":
+            mask = encoding.bias(q_pos, k_pos).masked_fill(~mask, -math.inf).to(q.dtype)
+        if how == "folded":
+            (q, k), v = encoding.fold(q, k, k_pos), F.pad(v, (0, 8))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=D**-0.5,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return y[..., :D]
     groups = q.shape[1] // k.shape[1]
     repeat = lambda x: x.repeat_interleave(groups, dim=1) if groups > 1 else x  # noqa: E731
     seen, state = visible(q_pos, k_pos) if seen is None else seen, state or {}
@@ -208,7 +219,8 @@ def attend(encoding, q, k, v, q_pos, k_pos, seen=None, sunk=None, dropout=0.0, s
     if sunk is not None:
         near_q, near_k, near, sink = sunk
         logits = torch.where(sink, encoding.logits(near_q, repeat(near_k), near, k_pos, seen, **state), logits)
-    logits = logits if encoding.biases and not encoding.writes_out else logits.masked_fill(~seen, -math.inf)
+    if encoding.writes_out or not encoding.biases:  # else they are -inf already where nothing is seen
+        logits = logits.masked_fill(~seen, -math.inf)
     weights = F.dropout(logits.softmax(-1).to(v.dtype), dropout)
     y, more = weights @ repeat(v), encoding.values(weights, q_pos, k_pos)
     return y if more is None else y + more
@@ -249,7 +261,7 @@ class Attention(nn.Module):
             sunk = near_q, k if encoding.rotate_once else near_k, call.near, k_pos < call.sinks
         dropout, S = self.dropout if self.training else 0.0, len(k_pos)
         chunk = min(CHUNK, encoding.chunk) if x.device.type == "cpu" else CHUNK
-        if chunk >= T or (sunk is None and not encoding.biases and fused(encoding, q)):
+        if chunk >= T or kernel(encoding, q, call.seen, sunk, S) in ("fused", "folded"):
             y = attend(encoding, q, k, v, pos, k_pos, call.seen, sunk, dropout, state)
         else:  # so that memory grows with S, not with T S; and gradients recompute a chunk's logits
             parts = []

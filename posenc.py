@@ -54,6 +54,7 @@ class Encoding(nn.Module):
     def __init_subclass__(cls):
         cls.embeds = cls.embed is not Encoding.embed
         cls.biases = cls.bias is not Encoding.bias or cls.distance_bias is not Encoding.distance_bias
+        cls.folds = cls.fold is not Encoding.fold
         cls.writes_out = cls.logits is not Encoding.logits or cls.values is not Encoding.values  # no fused kernel
         if cls.name:
             ENCODINGS[cls.name] = cls
@@ -123,6 +124,10 @@ class Encoding(nn.Module):
     def bias(self, q_pos, k_pos):
         """q_pos (T,), k_pos (S,) -> (H, T, S) added to the logits. The causal mask is not its business."""
         return self.distance_bias(distances(q_pos, k_pos))
+
+    def fold(self, q, k, k_pos):
+        """Wider q and k, in half precision, whose products hold the bias but for a part that all keys of a query share,
+        which softmax cancels: so the fused kernel computes it. Only for whoever `folds`."""
 
     def state(self, x, last):
         """The layer's input x (B, T, C) -> {name: (B, H, T, any)} to keep for every token, as its key is kept, and to
@@ -664,6 +669,16 @@ class ALiBi(Encoding):
     def distance_bias(self, n):
         return -along_heads(self.slope, n) * n
 
+    def fold(self, q, k, k_pos):
+        # -m n = m j - m i, and the last is the same for all keys. m sqrt(D) is split into three numbers of half
+        # precision and j into two, whose products the kernel adds up in float32: to 2^-24 m j for j < 65,536.
+        slopes = parts(self.slope * self.head_dim**0.5, 3, q.dtype)
+        places = parts(k_pos.to(torch.float32), 2, q.dtype)
+        for_q = torch.stack([m for m in slopes for _ in places], dim=-1)[:, None]  # (H, 1, 6)
+        for_k = torch.stack([j for _ in slopes for j in places], dim=-1)  # (S, 6)
+        wider = (torch.cat((x, more.expand(*x.shape[:3], -1)), dim=-1) for x, more in ((q, for_q), (k, for_k)))
+        return tuple(F.pad(x, (0, 2)) for x in wider)  # kernels like multiples of 8
+
 
 class T5(Encoding):
     """One learned scalar for every head and bucket of distances, added to the logits (Raffel et al. 2020, section 2.1).
@@ -930,8 +945,8 @@ class Randomized(Encoding):
 
 # What `randomized` takes from its inner encoding.
 DELEGATED = (
-    "embed", "ffn", "rotate", "distance_bias", "bias", "state", "logits", "values",
-    "embeds", "biases", "writes_out", "shared", "rotate_once", "chunk", "max_length", "way_out",
+    "embed", "ffn", "rotate", "distance_bias", "bias", "fold", "state", "logits", "values",
+    "embeds", "biases", "folds", "writes_out", "shared", "rotate_once", "chunk", "max_length", "way_out",
 )  # fmt: skip
 
 
@@ -959,6 +974,15 @@ def along_heads(x, n):
 def clamped(x, low, high=None):
     """x kept in low ... high, with the gradient of x itself, so that what lies outside can come back."""
     return x + (x.clamp(low, high) - x).detach()
+
+
+def parts(x, count, dtype):
+    """x as a sum of `count` numbers of a narrower dtype."""
+    found = []
+    for _ in range(count):
+        found.append(x.to(dtype))
+        x = x - found[-1].to(x.dtype)
+    return found
 
 
 def by_query(x, tables):

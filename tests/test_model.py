@@ -295,6 +295,33 @@ def test_half_precision_keeps_distances_apart():
         assert weight == pytest.approx(math.exp(-(n - 3000) / 16) * (1 - math.exp(-1 / 16)), rel=0.01)
 
 
+@pytest.mark.parametrize(("heads", "width"), [(4, 32), (8, 64), (12, 64), (16, 64), (6, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folded_alibi_is_biased_alibi(heads, width, dtype):
+    """To 6e-4 in the logits of 8,192 keys, the kernel's sums being float32; exactly for 8 heads 64 wide."""
+    sizes = dict(n_embd=heads * width, n_head=heads, n_kv_head=heads, head_dim=width, train_length=T)
+    alibi, pos = posenc.build("alibi", 1, **sizes)[0], torch.arange(8192)
+    q, k = alibi.fold(
+        torch.zeros(1, heads, 1, width, dtype=dtype), torch.zeros(1, heads, 8192, width, dtype=dtype), pos
+    )
+    logits = (q.float() @ k.float().mT)[0, :, 0] * width**-0.5
+    bias = alibi.distance_bias(8191 - pos).double()
+    difference = (logits - logits[:, -1:]).double() - bias
+    assert difference.abs().max() <= (0 if (heads, width) == (8, 64) else 6e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_reads_the_same_through_folded_alibi(dtype, monkeypatch):
+    q, k, v = (torch.randn(2, h, 300, 8).to(dtype) for h in (4, 2, 2))
+    arguments = encoding("alibi"), q, k, v, torch.arange(300), torch.arange(300)
+    exact = attend(encoding("alibi").double(), *(x.double() for x in arguments[1:4]), *arguments[4:])
+    found = {}
+    for how in ("folded", "written out"):
+        monkeypatch.setattr(model_module, "kernel", lambda *_, how=how: how)
+        found[how] = (attend(*arguments).double() - exact).abs().max()
+    assert found["folded"] <= 1.5 * found["written out"]
+
+
 def test_derived_seeds_differ_where_sums_would_collide():
     seeds = {model_module.derive_seed(seed, step) for seed in range(50) for step in range(50)}
     assert len(seeds) == 2500
