@@ -76,10 +76,10 @@ def losses(spec, folder, config, device, known):
 @torch.no_grad()
 def probe(encoding, length, count=64):
     """The logits of a query at the end of `length` tokens whose keys are all equal, over the distance (H, length), less
-    that at distance 0. The mean for `count` random vectors, which queries and keys share."""
+    that at distance 0. The mean for `count` random vectors, which queries, keys and heads share."""
     generator = torch.Generator().manual_seed(0)
     pos = encoding.positions(torch.arange(length), length)
-    same = torch.randn(count, encoding.n_kv_head, 1, encoding.head_dim, generator=generator)
+    same = torch.randn(count, 1, 1, encoding.head_dim, generator=generator).expand(-1, encoding.n_kv_head, -1, -1)
     x = torch.randn(count, 1, encoding.n_embd, generator=generator).expand(-1, length, -1)
     groups = encoding.n_head // encoding.n_kv_head
     q, k = encoding.rotate(same.repeat_interleave(groups, 1), same.expand(-1, -1, length, -1), pos[-1:], pos, length)
@@ -97,10 +97,14 @@ def picture(path, encoding, T):
     added = encoding.embed(pos) if encoding.embeds else encoding.ffn(pos, encoding.n_embd)
     if added is not None:
         added = added / added.square().mean(-1, keepdim=True).sqrt()  # as the model sees it
-        report.heat(path, added.T, "position / T", "dimension", scale=1 / T, mark_x=1)
+        report.heat(path, added.T.numpy(), "position / T", "dimension", scale=1 / T, mark_x=1)
         return
     distance = (torch.arange(length) / T).tolist()
-    curves = {f"head {h}": (distance, row.tolist()) for h, row in enumerate(probe(encoding, length), start=1)}
+    heads = probe(encoding, length)
+    if torch.allclose(heads, heads[:1].expand_as(heads), atol=1e-4):
+        curves = {"all heads": (distance, heads[0].tolist())}
+    else:
+        curves = {f"head {h}": (distance, row.tolist()) for h, row in enumerate(heads, start=1)}
     report.lines(path, curves, "distance / T", "change of the logit", mark_x=1)
 
 

@@ -178,9 +178,9 @@ def visible(q_pos, k_pos, window=None, sinks=0):
 
 
 def kernel(encoding, q, seen, sunk, keys):
-    """How attention of q (B, H, T, D) over so many keys is computed: "fused", "folded", "biased" (the fused kernel with a
-    mask of numbers) or "written out". In half precision the kernel would round biases, which merges distances; and on
-    the CPU the one for bfloat16 is several times slower than plain products."""
+    """How attention of q (B, H, T, D) over so many keys is computed: "fused", "folded", "biased" (the fused kernel with
+    a mask of numbers) or "written out". In half precision the kernel would round biases, which merges distances; and
+    on the CPU the one for bfloat16 is several times slower than plain products."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     if encoding.writes_out or sunk is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         return "written out"

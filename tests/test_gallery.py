@@ -1,0 +1,54 @@
+"""The gallery draws and measures what the encodings do."""
+
+import torch
+from tiny import TINY
+
+import gallery
+import posenc
+
+SIZES = dict(n_embd=32, n_head=4, n_kv_head=2, head_dim=8, train_length=16)
+
+
+def probe(spec):
+    return gallery.probe(posenc.build(spec, 1, **SIZES)[0], 40)
+
+
+def test_the_probe_sees_position_alone():
+    n = torch.arange(40.0)
+    assert torch.equal(probe("none"), torch.zeros(4, 40))
+    slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256])
+    assert torch.allclose(probe("alibi"), -slopes[:, None] * n, atol=1e-4)
+    angles = n[:, None] * 10000.0 ** -torch.tensor([0, 0.25, 0.5, 0.75])
+    waves = angles.cos().mean(-1) - 1  # of vectors whose pairs all have the same size, on average
+    rope = probe("rope")
+    assert torch.equal(rope[0], rope[3])
+    assert torch.corrcoef(torch.stack((rope[0], waves)))[0, 1] > 0.95
+
+
+def test_every_encoding_has_a_picture(tmp_path):
+    for spec in posenc.every():
+        encoding = posenc.build(spec, 1, **SIZES)[0]
+        for parameter in encoding.parameters():
+            torch.nn.init.normal_(parameter)
+        gallery.picture(tmp_path / "one.png", encoding, 16)
+        assert (tmp_path / "one.png").stat().st_size > 5000
+
+
+def test_the_command_trains_measures_and_writes_the_page_and_goes_on_from_there(corpus, tmp_path, call_script):
+    settings = TINY | {"text": corpus, "data_dir": corpus.parent / "data", "max_steps": 4, "rounds": 1, "targets": 2}
+    flags = [f"--{key}={value}" for key, value in settings.items()] + ["--decode_tokens=2", "--only=learned"]
+    done = call_script("gallery.py", *flags, f"--runs_dir={tmp_path}/runs", f"--docs={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "encodings.md").read_text()
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")]
+    clamped = 'learned → learned(overflow="clamp")'
+    assert [row[0].strip() for row in rows[1:3]] == ["none", "learned"]
+    assert clamped in [row[0].strip() for row in rows]
+    assert [cell.strip() for cell in rows[2][5:]] == ["no position"] * 4
+    assert rows[2][1].strip() == str(16 * 32)
+    for spec in ("none", "learned", "learned-overflow-clamp"):
+        assert f"(encodings/{spec}.png)" in page
+        assert (tmp_path / "encodings" / f"{spec}.png").exists()
+    stamps = {file: file.stat().st_mtime for file in tmp_path.glob("runs/*/ckpt.pt")}
+    call_script("gallery.py", *flags, f"--runs_dir={tmp_path}/runs", f"--docs={tmp_path}")
+    assert stamps == {file: file.stat().st_mtime for file in tmp_path.glob("runs/*/ckpt.pt")}
