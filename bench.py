@@ -88,8 +88,9 @@ def decoder(config, device, context, count):
     """A function that decodes `count` tokens after `context` ones from a cache."""
     spec = ENCODINGS[config.posenc].unbounded if config.posenc in ENCODINGS else None
     model = runs.build(dataclasses.replace(config, posenc=spec or config.posenc), device.device).eval()
+    context = min(context, model.max_length - count)
     tokens = torch.randint(config.vocab_size, (1, context), device=device.device)
-    cache = Cache(length=context + count)
+    cache = Cache(total=context + count)
     with torch.inference_mode(), device.autocast():
         for part in tokens.split(512, dim=1):
             model(part, cache=cache, last=1)

@@ -88,7 +88,7 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
         for rows in batches(mine, max(1, budget // length)):
             rows = rows[:, -length - 1 :].to(device.device)
             context, last, targets = rows[:, : length - scored], rows[:, length - scored : -1], rows[:, -scored:]
-            cache = Cache(length=length)
+            cache = Cache(total=length)
             with device.autocast():
                 for part in context.split(chunk, dim=1) if context.shape[1] else ():
                     model(part, cache=cache, last=1)

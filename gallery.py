@@ -62,9 +62,9 @@ def train(spec, folder, argv):
 
 
 def losses(spec, folder, config, device, known):
-    """{multiple of T: nats per token} of the run in the folder with `spec` laid over its encoding; None past the last
-    position. `known` are those measured before, {(spec): {"made": of this checkpoint, "loss": ...}}."""
-    made = runs.find(folder).stat().st_mtime
+    """{multiple of T: nats per token} of the run in the folder with `spec` laid over its encoding, as far as it has
+    positions. `known` are those measured before, {spec: {"made": of which checkpoint and how, "loss": ...}}."""
+    made = f"{runs.find(folder).stat().st_mtime}, {config.targets} windows"
     if known.get(spec, {}).get("made") != made:
         opened = runs.open_run(folder, device.device, spec)
         dataset = data.open_dataset(config, opened.encoding)

@@ -88,12 +88,12 @@ class Cache:
     the position of every kept token.
 
     A window bounds it: tokens that no later query can see are dropped, so memory and time per token stay constant.
-    `length` is the number of tokens that will ever enter, for encodings that scale with the context; by default those
+    `total` is the number of tokens that will ever enter, for encodings that scale with the context; by default those
     that have entered so far.
     """
 
-    def __init__(self, window=None, sinks=0, log_n=False, length=0):
-        self.window, self.sinks, self.log_n, self.whole = window, sinks, log_n, length
+    def __init__(self, window=None, sinks=0, log_n=False, total=0):
+        self.window, self.sinks, self.log_n, self.total = window, sinks, log_n, total
         self.next = 0  # the position of the next token
         self.length = 0  # tokens held
         self.new = 0  # those of them that the present call brought
@@ -222,8 +222,12 @@ def attend(encoding, q, k, v, q_pos, k_pos, seen=None, sunk=None, dropout=0.0, s
     if encoding.writes_out or not encoding.biases:  # else they are -inf already where nothing is seen
         logits = logits.masked_fill(~seen, -math.inf)
     weights = F.dropout(logits.softmax(-1).to(v.dtype), dropout)
-    y, more = weights @ repeat(v), encoding.values(weights, q_pos, k_pos)
-    return y if more is None else y + more
+    y = weights @ repeat(v)
+    places = [(weights, q_pos)] if sunk is None else [(weights * ~sink, q_pos), (weights * sink, near)]
+    for share, i in places:
+        more = encoding.values(share, i, k_pos)
+        y = y if more is None else y + more
+    return y
 
 
 class Attention(nn.Module):
@@ -256,9 +260,11 @@ class Attention(nn.Module):
             q, k = encoding.rotate(plain, keys, pos, k_pos, call.reach)
         if call.near is not None and encoding.relative:
             # Sinks are met by queries at `near`. A key that was rotated once stays as it is.
-            only = slice(1 if encoding.rotate_once else None)
-            near_q, near_k = encoding.rotate(plain, keys[:, :, only], call.near, k_pos[only], call.reach)
-            sunk = near_q, k if encoding.rotate_once else near_k, call.near, k_pos < call.sinks
+            if encoding.rotate_once:
+                near_q, near_k = encoding.rotate(plain, plain, call.near, call.near, call.reach)[0], k
+            else:
+                near_q, near_k = encoding.rotate(plain, keys, call.near, k_pos, call.reach)
+            sunk = near_q, near_k, call.near, k_pos < call.sinks
         dropout, S = self.dropout if self.training else 0.0, len(k_pos)
         chunk = min(CHUNK, encoding.chunk) if x.device.type == "cpu" else CHUNK
         if chunk >= T or kernel(encoding, q, call.seen, sunk, S) in ("fused", "folded"):
@@ -375,8 +381,9 @@ class GPT(nn.Module):
         before. ValueError for positions past `max_length`.
         """
         if segments > 1:
-            memory, parts = Memory(), zip(*(x.chunk(segments, dim=1) for x in (tokens, targets)), strict=True)
-            return torch.cat([self(x, y, memory=memory) for x, y in parts], dim=1)
+            memory, parts = Memory(), tokens.chunk(segments, dim=1)
+            wanted = [None] * segments if targets is None else targets.chunk(segments, dim=1)
+            return torch.cat([self(x, y, memory=memory) for x, y in zip(parts, wanted, strict=True)], dim=1)
         T = tokens.shape[1]
         if cache is not None:
             window, sinks, log_n = cache.window, cache.sinks, cache.log_n
@@ -389,10 +396,10 @@ class GPT(nn.Module):
         self.check_length(end)
         fresh = cache is None or cache.length == 0
         k_pos = past.advance(pos, end) if past is not None else pos
-        length, limit = max(end, cache.whole if cache else 0), window + sinks if window else math.inf
+        length, limit = max(end, cache.total if cache else 0), window + sinks if window else math.inf
         # One query over a whole cache needs no mask at all, and a first call the kernel's own.
         unmasked = window is None and (fresh or T == 1)
-        reach, trained = min(length, limit), self.config.sizes["train_length"]
+        reach, trained = min(length, limit), max(2, self.config.sizes["train_length"])
         call = Call(
             pos=pos,
             k_pos=k_pos,
@@ -425,7 +432,7 @@ class GPT(nn.Module):
     def redraw(self, length, seed):
         """Before a training step on windows of `length` tokens: encodings with random positions draw them anew."""
         for encoding in self.posenc:
-            encoding.redraw(length, torch.Generator().manual_seed(seed))
+            encoding.redraw(length, torch.Generator().manual_seed(seed), self.token.weight.device)
 
     def check_length(self, length):
         """ValueError where the encoding has no positions for `length` tokens."""
@@ -450,7 +457,7 @@ def derive_seed(*key):
 
 def draw(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> tokens (B, 1). temperature 0 takes the likeliest; top_k and top_p keep the likeliest tokens."""
-    if temperature == 0:
+    if temperature < 1e-6:  # dividing by less would overflow
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k:

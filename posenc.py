@@ -82,8 +82,8 @@ class Encoding(nn.Module):
                     raise ValueError(f"{cls.name}({key}={value!r}): choose from {', '.join(map(repr, default))}")
             elif type(value) is not type(default) and not (type(default) is float and type(value) is int):
                 raise ValueError(f"{cls.name}({key}={value!r}): expected {type(default).__name__}, such as {default!r}")
-            elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{cls.name}({key}={value!r}): expected a finite number")
+            elif isinstance(value, int | float) and not abs(value) < 1e30:
+                raise ValueError(f"{cls.name}({key}=...): numbers go to 1e30")
         defaults = {key: value[0] if isinstance(value, tuple) else value for key, value in cls.arguments.items()}
         return defaults | given
 
@@ -97,7 +97,7 @@ class Encoding(nn.Module):
         if parameter.dim() == 2 and name.endswith(".weight"):
             parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
 
-    def redraw(self, length, generator):
+    def redraw(self, length, generator, device):
         """Called before every training step with the length of its windows: the place for random positions."""
 
     def positions(self, pos, length):
@@ -160,10 +160,25 @@ class Encoding(nn.Module):
         return self.kept[mark][1]
 
     def once_per_weights(self, key, compute):
-        """The same for what depends on the parameters: kept until they change, computed anew where gradients flow."""
+        """The same for what depends on the parameters: computed anew where gradients flow, and after training."""
         if torch.is_grad_enabled():
             return compute()
         return self.once((*key, *((p.data_ptr(), p._version) for p in self.parameters())), compute)
+
+    def train(self, mode=True):
+        self.kept = {}  # fused optimisers change parameters without telling their version
+        return super().train(mode)
+
+    def __getstate__(self):
+        return self.__dict__ | {"kept": {}}  # a copy has other tensors, and the ids of some may be the same
+
+    def _apply(self, fn, recurse=True):
+        # A model cast to half precision keeps its encodings in float32: bfloat16 merges distances above 256.
+        def keep(x):
+            y = fn(x)
+            return x.to(y.device, torch.float32) if y.dtype in (torch.bfloat16, torch.float16) else y
+
+        return super()._apply(keep, recurse)
 
 
 class NoPE(Encoding):
@@ -309,6 +324,7 @@ class Recurrent(Encoding):
             table = self.once_per_weights((rows,), lambda: self.roll_learned(rows))
         return F.embedding(pos, table)
 
+    @torch.compiler.disable  # which would unroll it
     def roll_learned(self, rows):
         with torch.autocast(self.start.device.type, enabled=False):
             x = [self.start]
@@ -340,8 +356,7 @@ class FeedForwardPE(Encoding):
         self.require(self.base > 1, f"base must be above 1, not {self.base}")
 
     def ffn(self, pos, width):
-        self.require(width % 2 == 0, f"the feed-forward layer must have an even width, not {width}")
-        return self.once((pos, width), lambda: sinusoids(pos, width, self.base))
+        return self.once((pos, width), lambda: sinusoids(pos, width + width % 2, self.base)[:, :width])
 
 
 class ScaledBias(Encoding):
@@ -385,15 +400,17 @@ class Shaw(Encoding):
         self.key = nn.Parameter(torch.empty(self.clip + 1, self.head_dim))
         self.value = nn.Parameter(torch.empty(self.clip + 1, self.head_dim)) if self.with_values else None
 
-    def rows(self, table, q_pos, k_pos):
-        return F.embedding(distances(q_pos, k_pos).clamp(max=self.clip), table)  # (T, S, D)
-
     def logits(self, q, k, q_pos, k_pos, seen):
-        near = by_query(q * self.head_dim**-0.5, self.rows(self.key, q_pos, k_pos).mT)
-        return super().logits(q, k, q_pos, k_pos, seen) + near
+        return super().logits(q, k, q_pos, k_pos, seen) + by_row(
+            q * self.head_dim**-0.5, self.key.to(q.dtype), distances(q_pos, k_pos).clamp(max=self.clip)
+        )
 
     def values(self, weights, q_pos, k_pos):
-        return by_query(weights, self.rows(self.value, q_pos, k_pos)) if self.with_values else None
+        if not self.with_values:
+            return None
+        row = distances(q_pos, k_pos).clamp(max=self.clip).expand_as(weights)
+        of_rows = weights.new_zeros(*weights.shape[:3], self.clip + 1).scatter_add(-1, row, weights)
+        return of_rows @ self.value.to(weights.dtype)  # the weights of a row's keys, summed, times the row
 
 
 class TransformerXL(Encoding):
@@ -429,10 +446,10 @@ class TransformerXL(Encoding):
         while rows <= int(n[-1, 0]):
             rows *= 2
         table = self.once_per_weights((rows,), lambda: self.table(rows, n.device)).to(q.dtype)
-        projected = F.embedding(n, table).unflatten(-1, (self.n_head, -1)).permute(2, 0, 3, 1)  # (H, T, D, S)
+        table = table.unflatten(-1, (self.n_head, -1)).transpose(0, 1)  # (H, rows, D)
         q = q * self.head_dim**-0.5
         u, v = (x.to(q.dtype) * self.head_dim**-0.5 for x in (self.u, self.v))
-        return (q + u) @ k.transpose(-2, -1) + by_query(q + v, projected)
+        return (q + u) @ k.transpose(-2, -1) + by_row(q + v, table, n)
 
 
 class RoPE(Encoding):
@@ -489,6 +506,7 @@ class RoPE(Encoding):
         self.require(self.beta_fast > self.beta_slow > 0, "beta_fast must be above beta_slow, and both above 0")
         self.require(self.high_freq_factor > self.low_freq_factor > 0, "high_freq_factor must be above low_freq_factor")
         if self.scaling == "longrope":
+            self.require(self.train_length > 1, "longrope needs a training length above 1")
             for key in ("short_factor", "long_factor"):
                 form = f"longrope needs {key}=[...] with {self.dims // 2} numbers above 0, one for each pair"
                 factors = getattr(self, key)
@@ -508,7 +526,7 @@ class RoPE(Encoding):
 
     def table(self, pos, dtype, length):
         frequency = frequencies(self.dims, self.base, dtype, pos.device)
-        frequency, magnitude = getattr(self, self.scaling)(frequency, max(length, self.train_length))
+        frequency, magnitude = getattr(self, f"by_{self.scaling}")(frequency, max(length, self.train_length))
         frequency = frequency * (torch.arange(self.dims // 2, device=pos.device) < int(self.fraction * self.dims / 2))
         angle = pos[:, None].to(dtype) * frequency
         cos, sin = angle.cos() * magnitude, angle.sin() * magnitude
@@ -516,20 +534,20 @@ class RoPE(Encoding):
 
     # The scalings: frequencies (dims/2,), length of the context -> scaled frequencies, factor on cos and sin.
 
-    def none(self, w, length):
+    def by_none(self, w, length):
         return w, 1.0
 
-    def linear(self, w, length):
+    def by_linear(self, w, length):
         return w / self.factor, 1.0
 
-    def ntk(self, w, length, stretch=None):
+    def by_ntk(self, w, length, stretch=None):
         m = torch.arange(self.dims // 2, device=w.device, dtype=w.dtype)
         return w * (stretch or self.factor) ** (-2 * m / (self.dims - 2)), 1.0
 
-    def dynamic(self, w, length):
-        return self.ntk(w, length, self.factor * length / self.train_length - (self.factor - 1))
+    def by_dynamic(self, w, length):
+        return self.by_ntk(w, length, self.factor * length / self.train_length - (self.factor - 1))
 
-    def yarn(self, w, length):
+    def by_yarn(self, w, length):
         def pair(turns):
             """The index, not rounded, of the pair that makes so many turns in T."""
             return self.dims * math.log(self.train_length / (turns * 2 * math.pi)) / (2 * math.log(self.base))
@@ -539,12 +557,12 @@ class RoPE(Encoding):
         slow = ((m - low) / max(high - low, 0.001)).clamp(0, 1)  # .001: a step, where the ramp has no width
         return w * (1 - slow) + w / self.factor * slow, 0.1 * math.log(self.factor) + 1
 
-    def llama3(self, w, length):
+    def by_llama3(self, w, length):
         turns = self.train_length * w / (2 * math.pi)
         keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return w * keep + w / self.factor * (1 - keep), 1.0
 
-    def longrope(self, w, length):
+    def by_longrope(self, w, length):
         factors = self.long_factor if length > self.train_length else self.short_factor
         magnitude = math.sqrt(1 + math.log(self.factor) / math.log(self.train_length))
         return w / torch.tensor(factors, device=w.device, dtype=w.dtype), magnitude
@@ -562,13 +580,15 @@ class XPos(RoPE):
     """
 
     name = "xpos"
-    arguments = RoPE.arguments | {"gamma": 0.4, "scale_base": 512.0}
+    arguments = {key: value for key, value in RoPE.arguments.items() if key != "dims"}
+    arguments |= {"gamma": 0.4, "scale_base": 512.0}
+    dims = 0  # all of them
     variants = ()
     stretches = ()
 
     def setup(self):
         super().setup()
-        self.require(self.gamma >= 0 and self.scale_base > 0, "gamma must not be negative, scale_base be above 0")
+        self.require(self.gamma > 0 and self.scale_base > 0, "gamma and scale_base must be above 0")
         self.rotate_once = False
 
     def rotate(self, q, k, q_pos, k_pos, length):
@@ -601,9 +621,10 @@ class ReRoPE(RoPE):
 
     def setup(self):
         super().setup()
+        self.require(self.rotate_once, f"{self.scaling} changes with the context, which {self.name} makes unnecessary")
         self.require(self.window >= 0, f"window must not be negative, is {self.window}")
         self.require(self.leak == 0 or self.leak >= 1, f"leak must be 0 (for infinity) or at least 1, not {self.leak}")
-        self.window, self.rotate_once = self.window or max(1, self.train_length // 2), True
+        self.window = self.window or max(1, self.train_length // 2)
 
     def rotate(self, q, k, q_pos, k_pos, length):
         return q, k
@@ -770,6 +791,7 @@ class FIRE(Encoding):
 
     def setup(self):
         self.require(self.width >= 1, f"width must be at least 1, not {self.width}")
+        self.require(self.c > 0, f"c must be above 0, not {self.c}")
         self.inner, self.outer = nn.Linear(1, self.width), nn.Linear(self.width, self.n_head)
         self.steepness = nn.Parameter(torch.empty(()))
         self.threshold = nn.Parameter(torch.empty(()))  # in units of T
@@ -814,7 +836,9 @@ class Sandwich(Encoding):
         return (along_heads(compression, n) * (waves - half)).to(torch.float32)
 
     def bias(self, q_pos, k_pos):
-        return self.once((q_pos, k_pos), lambda: super(Sandwich, self).bias(q_pos, k_pos))  # one for all layers
+        return self.once(
+            (q_pos, k_pos), lambda: super(Sandwich, self).bias(q_pos, k_pos)
+        )  # one for all layers, in windows up to a chunk
 
 
 class CoPE(Encoding):
@@ -822,7 +846,7 @@ class CoPE(Encoding):
 
         g_ij = sigmoid(q_i k_j / sqrt(D)),  p_ij = sum_{t=j..i} g_it,  b_ij = q_i e[p_ij], between rows for fractions
 
-    p is at most `positions` - 1. positions D parameters a layer, starting at zero; and two gathers of B H T S
+    p is at most M - 1, M = `max_position`. M D parameters a layer, starting at zero; and two gathers of B H T S
     elements, so it is slow. It counts words or lines where the content says so. Past T the gates, summed over more
     keys, push far keys to the last row together, which training met: the loss rises slowly. Positions themselves
     are never used.
@@ -897,9 +921,9 @@ class DAPE(Kerple):
         s, b = (q * self.head_dim**-0.5) @ k.transpose(-2, -1), self.bias(q_pos, k_pos)
         on_s, on_b = self.inner.weight.chunk(2, dim=1)  # (width, H) each; the part of B is the same for all sequences
         from_b = on_b @ b.flatten(1) + self.inner.bias[:, None]
-        weights = (x.to(s.dtype).expand(len(s), -1, -1) for x in (on_s, self.outer.weight))
-        hidden = torch.baddbmm(from_b.to(s.dtype), next(weights), s.flatten(2))  # (B, width, T S)
-        mixed = torch.bmm(next(weights), F.leaky_relu(hidden)).view_as(s) + self.outer.bias[:, None, None]
+        into, out = (weight.to(s.dtype).expand(len(s), -1, -1) for weight in (on_s, self.outer.weight))
+        hidden = torch.baddbmm(from_b.to(s.dtype), into, s.flatten(2))  # (B, width, T S)
+        mixed = torch.bmm(out, F.leaky_relu(hidden)).view_as(s) + self.outer.bias[:, None, None]
         return s + b + mixed
 
 
@@ -916,6 +940,7 @@ class Randomized(Encoding):
 
     name = "randomized"
     arguments = {"inner": "rope", "length": 0}
+    rotate_once = False  # another length of the context is another stride
     variants = ("randomized(inner=learned)", "randomized(inner=t5)")
 
     def setup(self):
@@ -926,27 +951,26 @@ class Randomized(Encoding):
         cls, arguments = parse(self.inner)
         self.require(cls is not Randomized, "the inner encoding must be another one")
         self.inner = cls(**(self.sizes | {"train_length": self.length}), **arguments)
-        self.register_buffer("drawn", None, persistent=False)
+        self.drawn = None  # positions (length,) of this training step; no buffer, or DDP would send it around
         for name in DELEGATED:
             setattr(self, name, getattr(self.inner, name))
 
     def init_parameter(self, name, parameter, generator):
         self.inner.init_parameter(name.removeprefix("inner."), parameter, generator)
 
-    def redraw(self, length, generator):
-        drawn = torch.randperm(self.length, generator=generator)[:length].sort().values
-        self.drawn = drawn if self.drawn is None else drawn.to(self.drawn.device)
+    def redraw(self, length, generator, device):
+        self.drawn = torch.randperm(self.length, generator=generator)[:length].sort().values.to(device)
 
     def positions(self, pos, length):
         if self.training and self.drawn is not None:
-            return self.drawn.to(pos.device)[pos]
+            return self.drawn[pos]
         return pos * max(1, self.length // length)
 
 
 # What `randomized` takes from its inner encoding.
 DELEGATED = (
     "embed", "ffn", "rotate", "distance_bias", "bias", "fold", "state", "logits", "values",
-    "embeds", "biases", "folds", "writes_out", "shared", "rotate_once", "chunk", "max_length", "way_out",
+    "embeds", "biases", "folds", "writes_out", "shared", "chunk", "max_length", "way_out",
 )  # fmt: skip
 
 
@@ -985,9 +1009,10 @@ def parts(x, count, dtype):
     return found
 
 
-def by_query(x, tables):
-    """x (B, H, T, D) times a table for every query, (T, D, S) or (H, T, D, S) -> (B, H, T, S), without its copies."""
-    return (x.permute(1, 2, 0, 3) @ tables.to(x.dtype)).permute(2, 0, 1, 3)
+def by_row(x, table, row):
+    """x (B, H, T, D), table (rows, D) or (H, rows, D), row (T, S) -> (B, H, T, S): x times the row named there."""
+    products = x @ table.mT  # (B, H, T, rows)
+    return products.gather(-1, row.expand(*x.shape[:2], -1, -1))
 
 
 def nearest(word, known, cutoff=0.6):
@@ -1032,10 +1057,11 @@ def every():
     return list(dict.fromkeys(specs))
 
 
-def same(spec, other):
-    """Whether two values of the flag name the same encodings, whatever their arguments."""
-    one, two = ([parse(text)[0] for text in ([value] if isinstance(value, str) else value)] for value in (spec, other))
-    return one == two
+def derives(spec, base):
+    """Whether a value of the flag names the encodings of another, whatever their arguments, or such as derive from them
+    (rerope from rope): those may take over its weights and arguments."""
+    new, old = ([parse(text)[0] for text in ([value] if isinstance(value, str) else value)] for value in (spec, base))
+    return len(new) == len(old) and all(map(issubclass, new, old))
 
 
 def build(spec, n_layer, **sizes):
@@ -1056,15 +1082,15 @@ def build(spec, n_layer, **sizes):
 
 
 def merge(spec, override):
-    """`override` laid over `spec`: arguments given again for the same encoding replace its own, the others stay. In a
-    list over the layers that is done for the members of that encoding, where there are any."""
+    """`override` laid over `spec`: arguments given again for an encoding, or one that derives from it, replace its own,
+    the others stay. In a list over the layers that is done for the members of that encoding, where there are any."""
     if not isinstance(override, str):
-        return override
+        return [merge(member, member) for member in override]  # says what is wrong with them
     if not isinstance(spec, str):
-        ours = [parse(member)[0] is parse(override)[0] for member in spec]
+        ours = [derives(override, member) for member in spec]
         return [merge(m, override) if own else m for m, own in zip(spec, ours, strict=True)] if any(ours) else override
-    (old, old_arguments), (new, new_arguments) = parse(spec), parse(override)
-    if not issubclass(new, old):
+    (_, old), (new, given) = parse(spec), parse(override)
+    if not derives(override, spec):
         return override
-    arguments = ", ".join(f"{key}={value!r}" for key, value in (old_arguments | new_arguments).items())
+    arguments = ", ".join(f"{key}={value!r}" for key, value in (old | given).items())
     return f"{new.name}({arguments})" if arguments else new.name

@@ -125,10 +125,10 @@ def load_weights(model, state, fresh=False):
     that is an error, or with `fresh` it keeps its initial values."""
     weights, initial = state["model"], model.state_dict()
     old, new = state["config"]["posenc"], model.config.posenc
-    if not posenc.same(old, new):
+    if not posenc.derives(new, old):
         weights = {name: weight for name, weight in weights.items() if not name.startswith("posenc.")}
-        if fresh:
-            weights |= {name: weight for name, weight in initial.items() if name.startswith("posenc.")}
+    if fresh:
+        weights = {name: weight for name, weight in initial.items() if name.startswith("posenc.")} | weights
     shapes = [{(name, weight.shape) for name, weight in held.items()} for held in (weights, initial)]
     wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
     if wrong and old != new and all(name.startswith("posenc.") for name in wrong):

@@ -49,7 +49,7 @@ def settle(names, given):
         inherited = {key: base[key] for key in keys if key in base}
         given["posenc"] = runs.merge_posenc(base["posenc"], given.get("posenc", ""))
         # What the encoding learned, and what stretches it, stays relative to the length it was trained at.
-        kept = posenc.same(base["posenc"], given["posenc"])
+        kept = posenc.derives(given["posenc"], base["posenc"])
         inherited["original_length"] = (base["original_length"] or base["train_length"]) if kept else 0
     config = configs.make(Config, inherited | given)
     if not config.out_dir:

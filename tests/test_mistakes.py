@@ -294,7 +294,7 @@ def test_8_rope_breaks_past_its_length_and_llama_3_scales_by_bands(trained):
         spec = f"rope(base=500000, scaling={scaling!r}, factor=8)"
         encoding = build(spec, n_embd=512, head_dim=128, train_length=8192)
         w = posenc.frequencies(128, 500000.0, torch.float64)
-        return w / getattr(encoding, scaling)(w, 8192)[0]
+        return w / getattr(encoding, f"by_{scaling}")(w, 8192)[0]
 
     wrong, ours = divisors("linear"), divisors("llama3")
     assert set(wrong.tolist()) == {8}

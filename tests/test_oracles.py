@@ -546,7 +546,7 @@ def test_randomized():
     limit, index = 16 * 16, torch.arange(16)
 
     def drawn(seed):
-        encoding.train().redraw(16, torch.Generator().manual_seed(seed))
+        encoding.train().redraw(16, torch.Generator().manual_seed(seed), "cpu")
         return encoding.positions(index, 16).tolist()
 
     several = [drawn(seed) for seed in range(200)]
@@ -566,7 +566,7 @@ def test_randomized():
 @pytest.mark.parametrize("train", [True, False])
 def test_randomized_over_nothing_more_is_its_inner_encoding(train):
     encoding = make("randomized(length=16)").train(train)
-    encoding.redraw(16, torch.Generator().manual_seed(0))
+    encoding.redraw(16, torch.Generator().manual_seed(0), "cpu")
     assert encoding.positions(torch.arange(16), 16).tolist() == list(range(16))
     compare(encoding, lambda q, k, i, j, h: content(turned(q, i, theta(8)), turned(k, j, theta(8))))
     slopes = alibi_slopes(4, "authors")

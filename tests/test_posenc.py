@@ -138,7 +138,7 @@ def test_relative_is_what_the_class_says(spec):
     if "interpolate" in spec:
         pytest.skip("has no positions beyond a thousand")
     model, tokens = model_of(spec), torch.randint(50, (1, 64))
-    here, there = (model(tokens, pos=torch.arange(64) + start, cache=Cache(length=1070)) for start in (0, 1003))
+    here, there = (model(tokens, pos=torch.arange(64) + start, cache=Cache(total=1070)) for start in (0, 1003))
     change = (here - there).abs().max().item()
     assert change < 1e-10 if model.posenc[0].relative else change > 1e-3
 
@@ -150,7 +150,7 @@ def test_position_matters(spec):
     model, tokens = model_of(spec, n_layer=2 if spec == "ffn" else 1), torch.randint(50, (1, 8))
     swapped = tokens.clone()
     tokens[0, 5:7], swapped[0, 5:7] = torch.tensor([1, 2]), torch.tensor([2, 1])
-    before, after = (model(x, cache=Cache(length=1024)) for x in (tokens, swapped))
+    before, after = (model(x, cache=Cache(total=1024)) for x in (tokens, swapped))
     assert (before - after)[0, -1].abs().max() > 1e-6
 
 
@@ -210,12 +210,24 @@ def test_arguments_are_literals_and_never_evaluated(tmp_path):
         ("rope(fraction=2)", "0 ... 1"),
         ("learned(overflow='crash')", "'error', 'clamp', 'interpolate'"),
         ("t5(buckets=7)", "multiple of 2"),
+        ("xpos(gamma=0)", "above 0"),
+        ("xpos(dims=4)", "no argument 'dims'"),
+        ("rerope(scaling='dynamic')", "unnecessary"),
+        ("rope(scaling='longrope')", "short_factor=[...] with 4 numbers"),
+        ("rope(dims=10)", "1 ... 8"),
+        ("rope(dims=3)", "even"),
+        ("randomized(inner=randomized)", "another"),
+        ("randomized(inner=rop)", "did you mean 'rope'"),
+        ("randomized(length=3)", "at least the training length"),
+        ("fire(c=0)", "above 0"),
+        ("shaw(clip=0)", "at least 1"),
+        ("alibi(slopes='mine')", "'authors', 'paper'"),
         ([], "empty"),
         (["rope", "learned"], "cannot stand in a list"),
     ],
 )
 def test_mistakes_say_what_is_allowed(spec, said):
-    with pytest.raises(ValueError, match="posenc|rope|none|learned|t5|positional") as caught:
+    with pytest.raises(ValueError, match=r"\w") as caught:
         make(spec)
     assert said in str(caught.value)
 
@@ -227,6 +239,63 @@ def test_merge_lays_arguments_over_those_of_the_same_encoding():
     assert posenc.merge(["rope", "none"], "rope(base=5.0)") == ["rope(base=5.0)", "none"]
     assert posenc.merge(["rope", "none"], "alibi") == "alibi"
     assert posenc.merge("rope", ["rope", "none"]) == ["rope", "none"]
+
+
+def test_a_list_or_a_derived_encoding_takes_over_arguments():
+    assert posenc.merge(["rope(base=500.0)", "none"], "rerope(window=9)") == ["rerope(base=500.0, window=9)", "none"]
+    assert posenc.merge("rope(base=500.0)", "self_extend") == "self_extend(base=500.0)"
+    assert posenc.derives("rerope", "rope")
+    assert not posenc.derives("rope", "rerope")
+    with pytest.raises(ValueError, match="did you mean 'rope'"):
+        posenc.merge("rope", ["rop"])
+
+
+def test_randomized_takes_every_hook_from_its_inner_encoding():
+    own = {"setup", "init_parameter", "redraw", "positions", "require", "once", "once_per_weights", "checked", "train"}
+    hooks = {name for name, value in vars(Encoding).items() if callable(value) and not name.startswith("_")}
+    assert hooks - own == set(posenc.DELEGATED) & hooks
+    flags = {name for name in vars(posenc.Shaw) if name in ("embeds", "biases", "folds", "writes_out")}
+    assert flags < set(posenc.DELEGATED)
+
+
+@pytest.mark.parametrize("spec", ["transformer_xl", "recurrent", "randomized(inner=transformer_xl)"])
+def test_tables_follow_the_weights_whatever_changes_them(spec):
+    """torch's fused optimisers change parameters without telling their version."""
+    model, tokens = model_of(spec).train(), torch.randint(50, (1, 64))
+
+    def evaluated():
+        with torch.inference_mode():
+            return model.eval()(tokens)
+
+    before = evaluated()
+    optimizer = torch.optim.AdamW(model.posenc.parameters(), lr=0.1, fused=True)
+    model.train()(tokens).sum().backward()
+    optimizer.step()
+    after = evaluated()
+    fresh = model_of(spec)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(after, fresh(tokens))
+    assert not torch.equal(after, before)
+    model.load_state_dict(model_of(spec).state_dict())
+    assert torch.allclose(evaluated(), before)
+
+
+@pytest.mark.parametrize("spec", posenc.every())
+def test_distances_stay_apart_in_a_model_in_bfloat16(spec):
+    """Positions 1000 and 1001 are the same number there."""
+    encoding = make(spec, train_length=64)
+    for name, parameter in encoding.named_parameters():
+        with torch.no_grad():
+            encoding.init_parameter(name, parameter, torch.Generator().manual_seed(1))
+    n = torch.arange(60, 64)
+    expected = [encoding.bias(n + 1000, n)] if encoding.biases else []
+    expected += [encoding.embed(n)] if encoding.embeds else []
+    encoding.to(torch.bfloat16)
+    found = [encoding.bias(n + 1000, n)] if encoding.biases else []
+    found += [encoding.embed(n)] if encoding.embeds else []
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
 
 
 def test_the_class_in_the_readme_is_a_new_flag():
