@@ -866,10 +866,10 @@ class CoPE(Encoding):
         gate = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         p = gate.sum(-1, keepdim=True) - gate.cumsum(-1) + gate  # the sum from j on
         p = p.clamp(0, self.max_position - 1)
-        low = p.detach().long().clamp(max=self.max_position - 2)
+        low = p.detach().long()
         at = q @ self.weight.to(q.dtype).T  # (B, H, T, max_position)
-        floor, step = at.gather(-1, low), at.diff(dim=-1).gather(-1, low)
-        return logits + torch.addcmul(floor, p - low, step)
+        step = F.pad(at.diff(dim=-1), (0, 1))
+        return logits + torch.addcmul(at.gather(-1, low), p - low, step.gather(-1, low))
 
 
 class FoX(Encoding):
