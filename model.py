@@ -196,35 +196,53 @@ def attend(encoding, q, k, v, q_pos, k_pos, seen=None, sunk=None, dropout=0.0, s
 
     q and k are as `encoding.rotate` left them. seen (T, S) bool; None means keys up to the query's own, the queries
     being the last T of the tokens. sunk: (q, k, positions (T,), which keys are sinks (S,)) for keys met at other
-    distances.
+    distances. state: what the encoding keeps for every key.
     """
-    how, T, S, D = kernel(encoding, q, seen, sunk, len(k_pos)), len(q_pos), len(k_pos), v.shape[-1]
+    how, T, S = kernel(encoding, q, seen, sunk, len(k_pos)), len(q_pos), len(k_pos)
+    chunk = min(CHUNK, encoding.chunk) if q.device.type == "cpu" else CHUNK
+    if how in ("fused", "folded") or chunk >= T:
+        return attend_at_once(encoding, how, q, k, v, q_pos, k_pos, seen, sunk, dropout, state or {})
+    parts = []  # so that memory grows with S, not with T S
+    for begin in range(0, T, chunk):
+        rows = slice(begin, min(T, begin + chunk))
+        keys = slice(S - T + rows.stop)  # later ones are not seen
+        part = functools.partial(
+            attend_at_once, encoding, how, q[:, :, rows], k[:, :, keys], v[:, :, keys], q_pos[rows], k_pos[keys],
+            None if seen is None else seen[rows, keys],
+            None if sunk is None else (sunk[0][:, :, rows], sunk[1][:, :, keys], sunk[2][rows], sunk[3][keys]),
+            dropout, {name: x[:, :, keys] for name, x in (state or {}).items()},
+        )  # fmt: skip
+        parts.append(checkpoint(part, use_reentrant=False) if torch.is_grad_enabled() and T > CHUNK else part())
+    return torch.cat(parts, dim=2)
+
+
+def attend_at_once(encoding, how, q, k, v, q_pos, k_pos, seen, sunk, dropout, state):
+    """The same for all queries together."""
+    T, S, D = len(q_pos), len(k_pos), v.shape[-1]
+    causal = seen is None and T == S  # the kernel's own triangle; for T < S it would be aligned at the top left
+    if seen is None and (how in ("biased", "written out") or 1 < T < S):
+        seen, causal = visible(q_pos, k_pos), False
     if how != "written out":
-        causal, mask = seen is None and T == S, seen
-        if how == "biased" or (seen is None and 1 < T < S):
-            causal, mask = False, visible(q_pos, k_pos) if seen is None else seen
         if how == "biased":
-            mask = encoding.bias(q_pos, k_pos).masked_fill(~mask, -math.inf).to(q.dtype)
+            seen = encoding.bias(q_pos, k_pos).masked_fill(~seen, -math.inf).to(q.dtype)
         if how == "folded":
             (q, k), v = encoding.fold(q, k, k_pos), F.pad(v, (0, 8))
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=D**-0.5,
+            q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal, scale=D**-0.5,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return y[..., :D]
     groups = q.shape[1] // k.shape[1]
     repeat = lambda x: x.repeat_interleave(groups, dim=1) if groups > 1 else x  # noqa: E731
-    seen, state = visible(q_pos, k_pos) if seen is None else seen, state or {}
     logits = encoding.logits(q, repeat(k), q_pos, k_pos, seen, **state)  # (B, H, T, S)
     if sunk is not None:
         near_q, near_k, near, sink = sunk
         logits = torch.where(sink, encoding.logits(near_q, repeat(near_k), near, k_pos, seen, **state), logits)
-    if encoding.writes_out or not encoding.biases:  # else they are -inf already where nothing is seen
+    if encoding.writes_out or not encoding.biases:  # else the bias is -inf already where nothing is seen
         logits = logits.masked_fill(~seen, -math.inf)
     weights = F.dropout(logits.softmax(-1).to(v.dtype), dropout)
     y = weights @ repeat(v)
-    places = [(weights, q_pos)] if sunk is None else [(weights * ~sink, q_pos), (weights * sink, near)]
-    for share, i in places:
+    for share, i in [(weights, q_pos)] if sunk is None else [(weights * ~sink, q_pos), (weights * sink, near)]:
         more = encoding.values(share, i, k_pos)
         y = y if more is None else y + more
     return y
@@ -249,39 +267,21 @@ class Attention(nn.Module):
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if call.temper is not None:
             q = q * call.temper.to(q.dtype)
-        state, plain = encoding.state(x, cache.last(self.layer) if cache else {}), q
+        state, plain, sunk = encoding.state(x, cache.last(self.layer) if cache else {}), q, None
         if encoding.rotate_once:
             q, k = encoding.rotate(q, k, pos, pos if M == T else k_pos, call.reach)
         if cache is not None:
             state = cache.append(self.layer, k=k, v=v, **state)
             k, v = state.pop("k"), state.pop("v")
-        sunk, keys = None, k
-        if not encoding.rotate_once:
-            q, k = encoding.rotate(plain, keys, pos, k_pos, call.reach)
-        if call.near is not None and encoding.relative:
-            # Sinks are met by queries at `near`. A key that was rotated once stays as it is.
-            if encoding.rotate_once:
-                near_q, near_k = encoding.rotate(plain, plain, call.near, call.near, call.reach)[0], k
+        if call.near is not None and encoding.relative:  # sinks are met by queries at `near`
+            if encoding.rotate_once:  # and keys stay as they are
+                sunk = encoding.rotate(plain, plain, call.near, call.near, call.reach)[0], k
             else:
-                near_q, near_k = encoding.rotate(plain, keys, call.near, k_pos, call.reach)
-            sunk = near_q, near_k, call.near, k_pos < call.sinks
-        dropout, S = self.dropout if self.training else 0.0, len(k_pos)
-        chunk = min(CHUNK, encoding.chunk) if x.device.type == "cpu" else CHUNK
-        if chunk >= T or kernel(encoding, q, call.seen, sunk, S) in ("fused", "folded"):
-            y = attend(encoding, q, k, v, pos, k_pos, call.seen, sunk, dropout, state)
-        else:  # so that memory grows with S, not with T S; and gradients recompute a chunk's logits
-            parts = []
-            for begin in range(0, T, chunk):
-                rows = slice(begin, min(T, begin + chunk))
-                end = S - T + rows.stop  # later keys are not seen
-                part = functools.partial(
-                    attend, encoding, q[:, :, rows], k[:, :, :end], v[:, :, :end], pos[rows], k_pos[:end],
-                    None if call.seen is None else call.seen[rows, :end],
-                    None if sunk is None else (sunk[0][:, :, rows], sunk[1][:, :, :end], sunk[2][rows], sunk[3][:end]),
-                    dropout, {name: x[:, :, :end] for name, x in state.items()},
-                )  # fmt: skip
-                parts.append(checkpoint(part, use_reentrant=False) if torch.is_grad_enabled() and T > CHUNK else part())
-            y = torch.cat(parts, dim=2)
+                sunk = encoding.rotate(plain, k, call.near, k_pos, call.reach)
+            sunk = *sunk, call.near, k_pos < call.sinks
+        if not encoding.rotate_once:
+            q, k = encoding.rotate(plain, k, pos, k_pos, call.reach)
+        y = attend(encoding, q, k, v, pos, k_pos, call.seen, sunk, self.dropout if self.training else 0.0, state)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
