@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -29,7 +30,7 @@ import runs
 from configs import Config
 from data import tokenizer
 from errors import UserError, run
-from model import Cache, generate
+from model import Cache, generate, require
 from posenc import ENCODINGS, nearest
 
 LONG = 16  # the long context, in training lengths
@@ -46,6 +47,10 @@ class Bench(Config):
     rounds: int = 7  # times that every figure is taken
     decode_tokens: int = 16  # tokens decoded in a round
     table: str = ""  # also write the table to this Markdown file, with what made it
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(Path(self.table).parent.is_dir(), f"--table={self.table}: there is no folder {Path(self.table).parent}")
 
 
 def chosen(only):
@@ -182,7 +187,9 @@ def main(argv):
     print("\n".join(lines))
     if config.table:
         command = " ".join(["python bench.py", *argv])
-        report.write_table(config.table, "bench", lines, command, device.device, dtype=device.dtype)
+        report.write_table(
+            config.table, "bench", lines, command, device.device, dtype=str(device.dtype).removeprefix("torch.")
+        )
 
 
 def against_recomputing(config, device):

@@ -28,6 +28,12 @@ def test_every_round_decodes_at_the_same_context(monkeypatch):
     assert lengths == [10, 11, 12, 13, 11, 12, 13]
 
 
+def test_decoding_stays_within_the_positions_that_there_are():
+    device = Device(torch.device("cpu"), torch.float32)
+    for spec in ("randomized(inner=learned)", "learned"):
+        bench.decoder(bench.variant(TINY, spec, 4), device, 16 * 4, 3)()
+
+
 def test_the_command_prints_and_writes_one_row_for_each_encoding(run_script, tmp_path):
     settings = {key: getattr(TINY, key) for key in ("vocab_size", "n_layer", "n_embd", "n_head", "train_length")}
     flags = [f"--{key}={value}" for key, value in settings.items()]
