@@ -294,8 +294,8 @@ class Recurrent(Encoding):
 
     Added to the token embeddings. learned has 2 C^2 parameters and takes T small steps one after the other, rolled out
     once a training step and once per weights afterwards. Past T it goes on from where it was, into places that training
-    never saw. Trap: the two-term form drifts (.39 at p = 16,000 for w = .001, in float32), so linear is rolled out as
-    products of rotations in float64.
+    never saw. Trap: the two-term form drifts (by .39 at p = 16,000 for w = .001, in float32), so linear is rolled out
+    as products of rotations in float64.
     """
 
     name = "recurrent"
@@ -458,8 +458,8 @@ class RoPE(Encoding):
         (x_m, x_{m+D/2}) turned by p w_m,  w_m = base^(-2m/D),  m = 0 ... D/2 - 1
 
     Turning the query by i w and the key by j w leaves only i - j in their product. Pairs are (m, m + D/2), as in
-    GPT-NeoX and Llama. No parameters; the fused attention kernel stays. Past about 1.1 to 1.25 T the loss rises: the
-    slow pairs, which never finish a turn within T, reach angles that training never showed.
+    GPT-NeoX and Llama. No parameters; the fused attention kernel stays. Past about 1.1 to 1.25 T (docs/log.md) the loss
+    rises: the slow pairs, which never finish a turn within T, reach angles that training never showed.
 
     `fraction` p is p-RoPE (Barbero et al. 2024, appendix D): only the int(p D/2) highest frequencies turn, the other
     pairs take part unrotated. fraction=1 is RoPE, fraction=0 is none. `dims` r is GPT-NeoX's partial rotation, of the
@@ -470,7 +470,8 @@ class RoPE(Encoding):
 
         linear    w / s: position interpolation (Chen et al. 2023). Fine-tune after it: untrained it loses a lot
         ntk       base' = base s^(d/(d-2)): the highest frequency stays, the lowest is divided by s (bloc97, 2023)
-        dynamic   ntk with s replaced by s L/T - (s - 1), where L = max(length of the context, T) (emozilla, 2023)
+        dynamic   ntk with s replaced by s L/T - (s - 1), where L = max(length of the context, T): with factor=1,
+                  just as far as needed (emozilla, 2023)
         yarn      between w for pairs that turn over beta_fast times in T and w / s for those below beta_slow, linear in
                   m as in the authors' code; cos and sin times .1 ln s + 1 (Peng et al. 2023)
         llama3    w for wavelengths below T / high_freq_factor, w / s above T / low_freq_factor, smooth between
@@ -502,6 +503,8 @@ class RoPE(Encoding):
         self.require(self.base > 1, f"base must be above 1, not {self.base}")
         self.require(0 <= self.fraction <= 1, f"fraction must lie in 0 ... 1, not {self.fraction}")
         self.require(self.factor >= 1, f"factor must be at least 1, not {self.factor}")
+        given = self.scaling != "none" or self.factor == RoPE.arguments["factor"]
+        self.require(given, "factor does nothing without a scaling; add scaling='yarn', say")
         self.require(self.scaling not in ("ntk", "dynamic") or self.dims > 2, f"{self.scaling} needs more than 2 dims")
         self.require(self.beta_fast > self.beta_slow > 0, "beta_fast must be above beta_slow, and both above 0")
         self.require(self.high_freq_factor > self.low_freq_factor > 0, "high_freq_factor must be above low_freq_factor")
@@ -780,18 +783,19 @@ class FIRE(Encoding):
 
         b = MLP(psi(n) / psi(max(i, L))),  psi(x) = ln(c x + 1),  the MLP 1 -> 32 -> H with ReLU
 
-    c starts at .1, L at T; both are learned. About 32 (H + 2) parameters a layer. The argument lies in 0 ... 1 at
-    any length, so nothing is outside what training met, and the loss stays flat for a while. It depends on i too:
-    logits are not relative, and no table of distances can hold them.
+    c starts at .1, L at T; both are learned. About 32 (H + 2) parameters a layer. The argument lies in 0 ... 1 at any
+    length, so nothing is outside of what training met. Yet while L is T or more, training never sees max(i, L) change,
+    and past T near keys get arguments that only nearer ones had: the loss rises. `L` below 1 (in units of T) lets it
+    see that. It depends on i too: logits are not relative, and no table of distances can hold them.
     """
 
     name = "fire"
-    arguments = {"width": 32, "c": 0.1}
-    variants = ()
+    arguments = {"width": 32, "c": 0.1, "L": 1.0}
+    variants = ("fire(L=0.25)",)
 
     def setup(self):
         self.require(self.width >= 1, f"width must be at least 1, not {self.width}")
-        self.require(self.c > 0, f"c must be above 0, not {self.c}")
+        self.require(self.c > 0 and self.L > 0, "c and L must be above 0")
         self.inner, self.outer = nn.Linear(1, self.width), nn.Linear(self.width, self.n_head)
         self.steepness = nn.Parameter(torch.empty(()))
         self.threshold = nn.Parameter(torch.empty(()))  # in units of T
@@ -799,7 +803,7 @@ class FIRE(Encoding):
     def init_parameter(self, name, parameter, generator):
         super().init_parameter(name, parameter, generator)
         if name in ("steepness", "threshold"):
-            parameter.fill_(self.c if name == "steepness" else 1.0)
+            parameter.fill_(self.c if name == "steepness" else self.L)
 
     def bias(self, q_pos, k_pos):
         with torch.autocast(q_pos.device.type, enabled=False):
@@ -934,8 +938,9 @@ class Randomized(Encoding):
         test:  0, s, 2s, ... with the stride s = floor(L / length), at least 1
 
     around any `inner` encoding, which is built for L = `length`, 16 T unless given. The authors sample at test time
-    too; a fixed stride is their mean, and lets a cache be exact. Costs what the inner one costs. In distribution it
-    is worse than its inner encoding, since neighbours are rarely one apart; up to L it rises slowly.
+    too; a fixed stride is their mean, and lets a cache be exact. Costs what the inner one costs. In distribution the
+    loss is worse than with the inner encoding, since neighbours are rarely one apart. Past T every position has been
+    met, but strides as short as the test's were rare: the loss is nearly flat to 2 T, and then rises.
     """
 
     name = "randomized"
@@ -946,7 +951,7 @@ class Randomized(Encoding):
     def setup(self):
         self.length = self.length or 16 * self.train_length
         self.require(
-            self.length >= self.train_length, f"length must be at least the training length, not {self.length}"
+            self.length >= self.train_length, f"length must be at least {self.train_length}, not {self.length}"
         )
         cls, arguments = parse(self.inner)
         self.require(cls is not Randomized, "the inner encoding must be another one")

@@ -149,6 +149,7 @@ class Run:
     config: Config
     encoding: tiktoken.Encoding
     data_checksum: str
+    trained: str | list  # the `posenc` it was trained with, whatever is laid over it
 
 
 def open_run(run, device="cpu", override=""):
@@ -159,7 +160,7 @@ def open_run(run, device="cpu", override=""):
     check_tokenizer(encoding, state)
     model = build(config, device)
     load_weights(model, state)
-    return Run(model.eval(), config, encoding, state.get("data_checksum", ""))
+    return Run(model.eval(), config, encoding, state.get("data_checksum", ""), state["config"]["posenc"])
 
 
 def merge_posenc(spec, override):

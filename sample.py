@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 
 import device as devices
+import posenc
 import runs
 from configs import Dtype, flags, make
 from data import tokenizer
@@ -103,6 +104,8 @@ def main(argv):
     device = devices.choose(options.device, options.dtype, inference=True)
     opened = runs.open_run(paths[0], device.device, options.posenc)
     model, config, encoding = opened.model, opened.config, opened.encoding
+    if not posenc.derives(config.posenc, opened.trained):
+        print(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense", file=sys.stderr)
     T, count = config.train_length, options.tokens or 8 * config.train_length
     end = encoding.encode_single_token(tokenizer.END_OF_TEXT)
     prompt = encoding.encode_ordinary(options.prompt) or [end]

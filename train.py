@@ -97,9 +97,12 @@ def train(config, device):
     out, encoding = Path(config.out_dir), tokenizer.load(config.tokenizer)
     share, rest = divmod(config.batch_size, device.world)
     micro = config.micro_batch_size or share
-    if rest or share % micro or micro % config.segments:
-        by = f"{device.world} processes x micro_batch_size={micro}, and that by segments={config.segments}"
-        raise UserError(f"batch_size={config.batch_size} does not divide by {by}")
+    if rest or share % micro:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide by {device.world} processes x micro_batch_size={micro}"
+        )
+    if micro % config.segments:
+        raise UserError(f"{micro} sequences at once do not divide by segments={config.segments}; try --batch_size=32")
     for first in (True, False):  # one process of each machine prepares what is missing, then the others open it
         if first == (device.local_rank == 0):
             dataset = data.open_dataset(config, encoding)
