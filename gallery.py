@@ -36,6 +36,8 @@ from posenc import ENCODINGS
 
 MULTIPLES = (1, 2, 4, 8, 16)  # of the training length
 SEEN = 4  # training lengths that a picture spans
+NOTHING = -30  # a logit so far below others gets no weight
+DPI = 75
 
 
 @dataclass
@@ -97,7 +99,7 @@ def picture(path, encoding, T):
     added = encoding.embed(pos) if encoding.embeds else encoding.ffn(pos, encoding.n_embd)
     if added is not None:
         added = added / added.square().mean(-1, keepdim=True).sqrt()  # as the model sees it
-        report.heat(path, added.T.numpy(), "position / T", "dimension", scale=1 / T, mark_x=1)
+        report.heat(path, added.T.numpy(), "position / T", "dimension", scale=1 / T, mark_x=1, dpi=DPI)
         return
     distance = (torch.arange(length) / T).tolist()
     heads = probe(encoding, length)
@@ -105,7 +107,7 @@ def picture(path, encoding, T):
         curves = {"all heads": (distance, heads[0].tolist())}
     else:
         curves = {f"head {h}": (distance, row.tolist()) for h, row in enumerate(heads, start=1)}
-    report.lines(path, curves, "distance / T", "change of the logit", mark_x=1)
+    report.lines(path, curves, "distance / T", "change of the logit", mark_x=1, floor=NOTHING, dpi=DPI)
 
 
 def page(config, pictures):

@@ -1,5 +1,6 @@
 """Tables and pictures for people, with what made them."""
 
+import math
 import re
 import subprocess
 import time
@@ -12,8 +13,9 @@ import device as devices
 COLOURS = ["#0b6e99", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c5c5c", "#c26a00", "#3d5a80"]
 
 
-def lines(path, series, x_label, y_label, log_x=False, mark_x=None):
-    """series {name: (xs, ys)} -> a PNG at `path`. mark_x draws a dashed vertical line, at the training length say."""
+def lines(path, series, x_label, y_label, log_x=False, mark_x=None, floor=-math.inf, dpi=150):
+    """series {name: (xs, ys)} -> a PNG at `path`. mark_x draws a dashed vertical line, at the training length say; what
+    lies below `floor` is not shown."""
 
     def draw(figure, axes):
         for index, (name, (xs, ys)) in enumerate(series.items()):
@@ -22,14 +24,15 @@ def lines(path, series, x_label, y_label, log_x=False, mark_x=None):
         if log_x:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], floor))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
 
-    save(path, draw, x_label, y_label, mark_x)
+    save(path, draw, x_label, y_label, mark_x, dpi)
 
 
-def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None):
+def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None, dpi=150):
     """rows (N, M) -> a PNG at `path` of M columns, which lie `scale` apart."""
 
     def draw(figure, axes):
@@ -37,17 +40,17 @@ def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None):
         image = axes.imshow(rows, aspect="auto", cmap="RdBu", extent=extent, vmin=-2, vmax=2, interpolation="nearest")
         figure.colorbar(image, ax=axes)
 
-    save(path, draw, x_label, y_label, mark_x)
+    save(path, draw, x_label, y_label, mark_x, dpi)
 
 
-def save(path, draw, x_label, y_label, mark_x):
+def save(path, draw, x_label, y_label, mark_x, dpi):
     """A figure that draw(figure, axes) fills, written to the side and put in place."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=dpi, layout="constrained")
     draw(figure, axes)
     if mark_x is not None:
         axes.axvline(mark_x, linestyle="--", linewidth=1, color="#999999")
