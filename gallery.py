@@ -36,7 +36,7 @@ from posenc import ENCODINGS
 
 MULTIPLES = (1, 2, 4, 8, 16)  # of the training length
 SEEN = 4  # training lengths that a picture spans
-NOTHING = -30  # a logit so far below others gets no weight
+NOTHING = -30  # a logit so far below others gets no weight; lower ones are drawn here
 DPI = 75
 
 
@@ -102,12 +102,12 @@ def picture(path, encoding, T):
         report.heat(path, added.T.numpy(), "position / T", "dimension", scale=1 / T, mark_x=1, dpi=DPI)
         return
     distance = (torch.arange(length) / T).tolist()
-    heads = probe(encoding, length)
+    heads = probe(encoding, length).clamp(min=NOTHING)
     if torch.allclose(heads, heads[:1].expand_as(heads), atol=1e-4):
         curves = {"all heads": (distance, heads[0].tolist())}
     else:
         curves = {f"head {h}": (distance, row.tolist()) for h, row in enumerate(heads, start=1)}
-    report.lines(path, curves, "distance / T", "change of the logit", mark_x=1, floor=NOTHING, dpi=DPI)
+    report.lines(path, curves, "distance / T", "change of the logit", mark_x=1, dpi=DPI)
 
 
 def page(config, pictures):

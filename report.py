@@ -1,6 +1,5 @@
 """Tables and pictures for people, with what made them."""
 
-import math
 import re
 import subprocess
 import time
@@ -13,9 +12,8 @@ import device as devices
 COLOURS = ["#0b6e99", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c5c5c", "#c26a00", "#3d5a80"]
 
 
-def lines(path, series, x_label, y_label, log_x=False, mark_x=None, floor=-math.inf, dpi=150):
-    """series {name: (xs, ys)} -> a PNG at `path`. mark_x draws a dashed vertical line, at the training length say; what
-    lies below `floor` is not shown."""
+def lines(path, series, x_label, y_label, log_x=False, mark_x=None, dpi=150):
+    """series {name: (xs, ys)} -> a PNG at `path`. mark_x draws a dashed vertical line, at the training length say."""
 
     def draw(figure, axes):
         for index, (name, (xs, ys)) in enumerate(series.items()):
@@ -24,7 +22,6 @@ def lines(path, series, x_label, y_label, log_x=False, mark_x=None, floor=-math.
         if log_x:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], floor))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -62,12 +59,15 @@ def save(path, draw, x_label, y_label, mark_x, dpi):
 
 
 def provenance(device):
-    """What made a number: commit, versions, hardware, date."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """What made a number: commit, versions, hardware, date. The commit is dirty where code differs from it."""
+
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(
-            git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     hardware = devices.describe(device)
