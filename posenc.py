@@ -420,8 +420,8 @@ class TransformerXL(Encoding):
 
     C^2 + 2 C parameters a layer; values are untouched. Train it with `--segments`, which reads a window segment by
     segment over the hidden states of the segment before (their gradient stopped): that, and not the bias, carried
-    the paper's long contexts. Past T the projected sinusoids meet new phases, and the loss rises slowly. Traps: it is not
-    a clipped table of 2 R + 1 rows, which is Shaw's; and W r depends on the weights alone, so decoding keeps it.
+    the paper's long contexts. Past T the projected sinusoids meet new phases, and the loss rises slowly. Traps: it is
+    not a clipped table of 2 R + 1 rows, which is Shaw's; and W r depends on the weights alone, so decoding keeps it.
     """
 
     name = "transformer_xl"
