@@ -187,9 +187,7 @@ def main(argv):
     print("\n".join(lines))
     if config.table:
         command = " ".join(["python bench.py", *argv])
-        report.write_table(
-            config.table, "bench", lines, command, device.device, dtype=str(device.dtype).removeprefix("torch.")
-        )
+        report.write_table(config.table, "bench", lines, command, device.device, dtype=device.dtype_name)
 
 
 def against_recomputing(config, device):

@@ -32,6 +32,11 @@ class Device:
         """The one process that prints and writes."""
         return self.rank == 0
 
+    @property
+    def dtype_name(self):
+        """As the setting `dtype` has it."""
+        return str(self.dtype).removeprefix("torch.")
+
     def autocast(self):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()

@@ -198,7 +198,7 @@ def main(argv):
     print("\n".join(lines))
     runs.write_whole(docs / "encodings.md", "\n".join(page(config, pictures)) + "\n")
     command = " ".join(["python gallery.py", *argv])
-    made = dict(seed=config.seed, dtype=str(device.dtype).removeprefix("torch."), windows=config.targets)
+    made = dict(seed=config.seed, dtype=device.dtype_name, windows=config.targets)
     report.write_table(docs / "encodings.md", "encodings", lines, command, device.device, **made)
 
 

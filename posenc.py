@@ -315,9 +315,7 @@ class Recurrent(Encoding):
             parameter.normal_(generator=generator)
 
     def embed(self, pos):
-        rows = self.train_length
-        while rows <= int(pos[-1]):
-            rows *= 2
+        rows = rows_beyond(pos[-1], self.train_length)
         if self.form == "linear":
             table = self.once((rows, pos.device), lambda: self.roll_linear(rows).to(pos.device))
         else:
@@ -442,9 +440,8 @@ class TransformerXL(Encoding):
             return self.project(wave)
 
     def logits(self, q, k, q_pos, k_pos, seen):
-        n, rows = distances(q_pos, k_pos), self.train_length
-        while rows <= int(n[-1, 0]):
-            rows *= 2
+        n = distances(q_pos, k_pos)
+        rows = rows_beyond(n[-1, 0], self.train_length)
         table = self.once_per_weights((rows,), lambda: self.table(rows, n.device)).to(q.dtype)
         table = table.unflatten(-1, (self.n_head, -1)).transpose(0, 1)  # (H, rows, D)
         q = q * self.head_dim**-0.5
@@ -773,9 +770,8 @@ class Kerple(Encoding):
         r2 = along_heads(clamped(self.r2, 0.01, 2 if self.form == "power" else None), n)
         if self.form == "log":
             return -r1 * torch.log1p(r2 * n)
-        return (
-            -r1 * torch.exp(r2 * torch.log(n.clamp(min=1).to(r2.dtype))) * (n > 0)
-        )  # n^r2, and its gradient, at 0 too
+        power = torch.exp(r2 * torch.log(n.clamp(min=1).to(r2.dtype)))  # n^r2, with a gradient at 0 too
+        return -r1 * power * (n > 0)
 
 
 class FIRE(Encoding):
@@ -840,9 +836,8 @@ class Sandwich(Encoding):
         return (along_heads(compression, n) * (waves - half)).to(torch.float32)
 
     def bias(self, q_pos, k_pos):
-        return self.once(
-            (q_pos, k_pos), lambda: super(Sandwich, self).bias(q_pos, k_pos)
-        )  # one for all layers, in windows up to a chunk
+        # One for all layers, in windows up to a chunk.
+        return self.once((q_pos, k_pos), lambda: super(Sandwich, self).bias(q_pos, k_pos))
 
 
 class CoPE(Encoding):
@@ -993,6 +988,13 @@ def sinusoids(pos, dim, base, dtype=torch.float32):
     """pos (T,) -> (T, dim), sines at even columns and cosines at odd ones (Vaswani et al. 2017)."""
     angle = pos[:, None].to(dtype) * frequencies(dim, base, dtype, pos.device)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+
+
+def rows_beyond(last, rows):
+    """`rows` doubled until a table of so many reaches `last`, a tensor of one int64: so tables are seldom made anew."""
+    while rows <= int(last):
+        rows *= 2
+    return rows
 
 
 def along_heads(x, n):

@@ -166,7 +166,7 @@ def train(config, device):
     log.say(
         f"{out}: {parameters / 1e6:.2f} M parameters, {config.posenc}, {len(dataset.train):,} training tokens "
         f"({config.dataset}, {config.tokenizer}), {device.world} x {devices.describe(device.device)}, "
-        f"{str(device.dtype).removeprefix('torch.')}"
+        f"{device.dtype_name}"
     )
 
     tokens_per_step = config.batch_size * config.train_length
@@ -270,9 +270,8 @@ def close(model, config, dataset, device, log, step):
         log.draw()
         tokens = max(1, min(8 * config.train_length, model.max_length - 8))
         prompt = ' --prompt="def "' if config.dataset == "python" else ""
-        window = (
-            f" --window={config.train_length}" if config.segments > 1 else ""
-        )  # it learned with that much behind it
+        # With segments it learned to have that much behind it.
+        window = f" --window={config.train_length}" if config.segments > 1 else ""
         log.say(f"next: python sample.py {out}{prompt} --tokens={tokens}{window}")
 
 
