@@ -1,14 +1,21 @@
-"""How far checkpoints extrapolate: the loss of the same tokens under ever longer contexts.
+"""How far checkpoints extrapolate, for contexts of L tokens from half to 16 times the training length T.
 
-    python evaluate.py out/rope out/alibi --picture=length.png
+    python evaluate.py out/rope out/alibi --out_dir=out/reach
 
-The targets are the last T/4 tokens of windows inside one long validation document each, and the input is the L tokens
-that end there, for L from T/2 to 8 T. So every length is asked the same question and only the context grows: a curve
-that falls uses the longer context, one that is flat ignores it, one that rises is broken by it.
+**The same targets**: the last T/4 tokens of windows inside one long validation document each, with the L tokens that
+end there as input. Every length is asked the same question and only the context grows: a loss that falls uses the
+longer context, one that is flat ignores it, one that rises is broken by it.
+
+**The usual perplexity**, over stretches of validation text: in windows that do not overlap, where the first tokens have
+little context, so that longer windows look better for that alone (the early-token curse; Press et al. 2021, appendix
+B); and in windows that slide by L/2, where all but the first tokens have at least that much.
+
+**By position**, in windows of up to 8 T; and **attention**: how far it spreads, and how much the first token gets.
 """
 
 import before_torch  # noqa: F401  # isort: skip
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -21,13 +28,17 @@ from tqdm import tqdm
 
 import data
 import device as devices
+import inside
 import report
 import runs
 from configs import flags, make
+from data import tokenizer
 from errors import UserError, run
 from model import Cache, require
 
-MULTIPLES = (0.5, 1, 1.5, 2, 4, 8)  # of the training length
+MULTIPLES = (0.5, 1, 1.1, 1.25, 1.5, 2, 4, 8, 16)  # of the training length
+HOLDS = 1.05  # a length holds while its perplexity is at most so many times that at T
+CHUNK = 512  # tokens that enter the cache at once
 
 
 @torch.inference_mode()
@@ -65,38 +76,66 @@ def long_windows(dataset, length, step, count):
 
 
 @torch.inference_mode()
-def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 14, chunk=512):
-    """Loss against context -> {"train_length", "lengths", "loss", ...}, as length.json holds it.
+def token_losses(model, ids, scored, device, **reading):
+    """ids (B, L + 1) -> (B, scored) nats of the last tokens, each seen with all before it. They enter a cache in
+    chunks, so that attention and logits of long contexts fit in memory. reading: the cache's window, sinks, log_n."""
+    ids, cache, losses = ids.to(device.device), Cache(total=ids.shape[1] - 1, **reading), []
+    context, inputs, targets = ids[:, : -scored - 1], ids[:, -scored - 1 : -1], ids[:, -scored:]
+    with device.autocast():
+        for part in context.split(CHUNK, dim=1) if context.shape[1] else ():
+            model(part, cache=cache, last=1)
+        for x, y in zip(inputs.split(CHUNK, dim=1), targets.split(CHUNK, dim=1), strict=True):
+            losses.append(model(x, y, cache=cache))
+    return torch.cat(losses, dim=1).cpu()
 
-    `count` windows are scored at each length that the encoding has positions for. At most `budget` tokens are computed
-    at once, and their context enters a cache in chunks of queries, so the attention of long ones fits in memory.
+
+def windowed_losses(model, ids, length, stride, device, **reading):
+    """ids (B, N + 1) -> (B, N) nats of every token after the first, in windows of `length` tokens that move by `stride`
+    and begin at position 0: from the second window on, a token has `length` - `stride` tokens before it or more."""
+    losses, done, total = [], 0, ids.shape[1] - 1
+    while done < total:
+        begin, end = max(0, done - length + stride), min(total, done + (stride if done else length))
+        losses.append(token_losses(model, ids[:, begin : end + 1], end - done, device, **reading))
+        done = end
+    return torch.cat(losses, dim=1)
+
+
+def at_once(model, length):
+    """Windows of so many tokens that are computed together: what their activations and logits leave room for."""
+    return max(1, min(1 << 14, (1 << 28) // model.config.vocab_size) // length)
+
+
+def reach(model, T, available, multiples=MULTIPLES):
+    """Tokens of context to measure (T/4 at least: the targets are as many), as far as there is text, and those of them
+    that the encoding has positions for."""
+    lengths = [length for m in multiples if (length := max(1, T // 4, round(T * m))) < available]
+    return lengths, [length for length in lengths if length <= model.max_length]
+
+
+def progress(total, title, device):
+    hidden = None if device.main else True
+    return tqdm(total=total, desc=title, unit=" tokens", unit_scale=True, leave=False, disable=hidden)
+
+
+def length_loss(model, dataset, device, count, multiples=MULTIPLES, T=0, **reading):
+    """Loss of the same targets against context -> {"train_length", "lengths", "loss", ...}, as length.json holds it.
+
+    `count` windows are scored at each length that the encoding has positions for. T of lengths and targets is the
+    model's own unless given. The processes of a run share the windows among them.
     """
-    T = model.config.train_length
+    T = T or model.config.train_length
     scored = max(1, T // 4)
-    lengths = [max(scored, int(T * multiple)) for multiple in multiples]
-    fit = [length for length in lengths if length < len(dataset.val)]
-    windows = long_windows(dataset, fit[-1], scored, count)
-    mine = windows[device.rank :: device.world]
-    losses = []
-    reached = [length for length in fit if length <= model.max_length]
-    bar = tqdm(
-        total=len(mine) * sum(reached), desc="loss against context", unit=" tokens", unit_scale=True, leave=False,
-        disable=None if device.main else True,
-    )  # fmt: skip
-    for length in reached:
-        nats = 0.0
-        for rows in batches(mine, max(1, budget // length)):
-            rows = rows[:, -length - 1 :].to(device.device)
-            context, last, targets = rows[:, : length - scored], rows[:, length - scored : -1], rows[:, -scored:]
-            cache = Cache(total=length)
-            with device.autocast():
-                for part in context.split(chunk, dim=1) if context.shape[1] else ():
-                    model(part, cache=cache, last=1)
-                nats += model(last, targets, cache=cache).cpu().double().sum().item()
-            bar.update(length * len(rows))
-        (total,) = device.sum(nats)
-        losses.append(total / (len(windows) * scored))
-    bar.close()
+    lengths, reached = reach(model, T, len(dataset.val), multiples)
+    windows = long_windows(dataset, lengths[-1], scored, count)
+    mine, losses = windows[device.rank :: device.world], []
+    with progress(len(mine) * sum(reached), "loss against context", device) as bar:
+        for length in reached:
+            nats = 0.0
+            for rows in batches(mine, at_once(model, length)):
+                nats += token_losses(model, rows[:, -length - 1 :], scored, device, **reading).double().sum().item()
+                bar.update(length * len(rows))
+            (total,) = device.sum(nats)
+            losses.append(total / (len(windows) * scored))
     return {
         "train_length": T,
         "lengths": reached,
@@ -107,43 +146,200 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
     }
 
 
-def table(results):
-    """{name: length_loss's result} -> lines of a Markdown table, losses in nats per token at multiples of T."""
-    multiples = sorted({length / r["train_length"] for r in results.values() for length in r["lengths"]})
-    windows = " or ".join(str(count) for count in sorted({r["windows"] for r in results.values()}))
-    lines = [f"| nats per token, {windows} windows | " + " | ".join(f"{multiple:g} T" for multiple in multiples) + " |"]
-    lines.append("|---" * (len(multiples) + 1) + "|")
+def usual_losses(model, dataset, token_bytes, device, count, multiples=MULTIPLES, T=0, **reading):
+    """Nats per token over `count` stretches of validation text, each as long as the longest context ->
+
+    {"non_overlapping", "sliding", "bits_per_byte" of the former: a number for each length,
+    "by_position": {"position": middles of T/8 tokens, "loss"} in windows of 8 T, or the longest, that do not overlap}.
+    token_bytes (V,) are the bytes that each token stands for.
+    """
+    T = T or model.config.train_length
+    lengths, reached = reach(model, T, len(dataset.val), multiples)
+    inputs, targets = data.even_windows(dataset.val, lengths[-1], count)
+    ids, bytes_per_token = np.concatenate((inputs, targets[:, -1:]), axis=1), float(token_bytes[targets].mean())
+
+    def losses(length, stride):
+        rows = batches(ids, at_once(model, length))
+        found = torch.cat([windowed_losses(model, part, length, stride, device, **reading) for part in rows])
+        bar.update(length // stride * found.numel())
+        return found.double()
+
+    found = {"non_overlapping": [], "sliding": [], "bits_per_byte": []}
+    with progress(3 * len(reached) * inputs.size, "perplexity", device) as bar:
+        for length in reached:
+            apart = losses(length, length)
+            found["non_overlapping"].append(apart.mean().item())
+            found["sliding"].append(losses(length, max(1, length // 2)).mean().item())
+            found["bits_per_byte"].append(apart.mean().item() / bytes_per_token / math.log(2))
+            if length <= 8 * T:
+                width, whole = max(1, T // 8), apart.shape[1] // length * length  # the last window may be cut short
+                bins = apart[:, :whole].reshape(-1, length).mean(0).split(width)
+                found["by_position"] = {
+                    "position": [width * i + len(one) / 2 for i, one in enumerate(bins)],
+                    "loss": [one.mean().item() for one in bins],
+                }
+    return found
+
+
+def measure(model, dataset, encoding, device, count, T=0, **reading):
+    """All of it, with count windows of targets -> a result: see length_loss, usual_losses and inside.attention."""
+    T = T or model.config.train_length
+    result = length_loss(model, dataset, device, count, T=T, **reading)
+    few = max(1, count // 8)  # each of them has 64 times as many tokens as a window has targets
+    result |= usual_losses(model, dataset, tokenizer.byte_lengths(encoding), device, few, T=T, **reading)
+    if not any(reading.values()):  # under a window attention is another
+        lengths, reached = reach(model, T, len(dataset.val))
+        windows = long_windows(dataset, lengths[-1], max(1, T // 4), few)
+        result["attention"] = inside.attention(model, windows, device, reached)
+    return result
+
+
+def holds_to(result):
+    """The largest length, in T, up to which perplexity is at most HOLDS times that at T wherever it was measured."""
+    T, held = result["train_length"], None
+    loss = dict(zip(result["lengths"], result["loss"], strict=True))
+    for length in (length for length in loss if length >= T and T in loss):
+        if loss[length] > loss[T] + math.log(HOLDS):
+            break
+        held = length / T
+    return held
+
+
+# key: (what stands above its table, the numbers for every length from a result, how they are written)
+TABLES = {
+    "exact": ("exact match", lambda r: r["exact"], "{:.1%}"),
+    "loss": ("nats per token, same targets", lambda r: r["loss"], "{:.3f}"),
+    "non_overlapping": ("perplexity, windows apart", lambda r: map(math.exp, r["non_overlapping"]), "{:.2f}"),
+    "sliding": ("perplexity, windows sliding by L/2", lambda r: map(math.exp, r["sliding"]), "{:.2f}"),
+    "bits_per_byte": ("bits per byte, windows apart", lambda r: r["bits_per_byte"], "{:.3f}"),
+    "entropy": ("entropy of attention, nats", lambda r: r["attention"]["entropy"], "{:.2f}"),
+    "first": ("attention on the first token", lambda r: r["attention"]["first"], "{:.1%}"),
+}
+
+
+def has(result, key):
+    return key in (result if key not in ("entropy", "first") else result.get("attention", ()))
+
+
+def by_multiple(result, key):
+    """{length / T: number} of one of the TABLES."""
+    numbers = TABLES[key][1](result)
+    return {length / result["train_length"]: x for length, x in zip(result["lengths"], numbers, strict=True)}
+
+
+def at_multiples(heads, rows, extra=()):
+    """{first cells: {multiple of T: text}} -> lines of a Markdown table. extra: (head, {first cells: text}), a column
+    more. heads: above the first cells."""
+    multiples = sorted({multiple for cells in rows.values() for multiple in cells})
+    more_head, more = extra or (None, None)
+    return report.markdown(
+        [*heads, *(f"{multiple:.3g} T" for multiple in multiples), *([more_head] if more else [])],
+        [
+            [*first, *(cells.get(multiple, "no position") for multiple in multiples), *([more[first]] if more else [])]
+            for first, cells in rows.items()
+        ],
+    )
+
+
+def table(results, key="loss"):
+    """{name: result} -> lines of a Markdown table: one of the TABLES at multiples of T."""
+    title, _, form = TABLES[key]
+    rows = {(name,): {m: form.format(x) for m, x in by_multiple(r, key).items()} for name, r in results.items()}
+    if key != "loss":
+        return at_multiples([title], rows)
+    windows = " or ".join(str(count) for count in sorted({result["windows"] for result in results.values()}))
+    held = {(name,): f"{at:g} T" if (at := holds_to(result)) else "" for name, result in results.items()}
+    return at_multiples([f"{title} of {windows} windows"], rows, ("holds to", held))
+
+
+def tables(results):
+    """Every one of the TABLES that all results have numbers for, with an empty line between two."""
+    found = [table(results, key) for key in TABLES if all(has(result, key) for result in results.values())]
+    return [line for one in found for line in ("", *one)][1:]
+
+
+def curve(result, key):
+    """([multiple of T, ...], [number, ...]) of one of the TABLES."""
+    return tuple(map(list, zip(*by_multiple(result, key).items(), strict=True)))
+
+
+def picture(path, results, seeds=()):
+    """Loss, or exact match, against the length of the context. seeds: {name: [result of each]}, drawn as bands."""
+    key, label = ("loss", "loss (nats per token)")
+    if all(has(result, "exact") for result in results.values()):
+        key, label = "exact", "exact match"
+    series = {name: curve(result, key) for name, result in results.items()}
+    for name in seeds:
+        columns = list(zip(*(curve(result, key)[1] for result in seeds[name]), strict=True))
+        series[name] = *series[name], list(map(min, columns)), list(map(max, columns))
+    report.lines(path, series, "context / training length", label, log_x=True, mark_x=1)
+
+
+def pictures(folder, results, seeds=()):
+    """length.png, and what else the results have numbers for, into the folder."""
+    picture(folder / "length.png", results, seeds)
+    places, spread = {}, {}
     for name, result in results.items():
-        loss = {
-            length / result["train_length"]: loss
-            for length, loss in zip(result["lengths"], result["loss"], strict=True)
-        }
-        cells = [f"{loss[multiple]:.3f}" if multiple in loss else "no position" for multiple in multiples]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def picture(path, results):
-    series = {name: ([length / r["train_length"] for length in r["lengths"]], r["loss"]) for name, r in results.items()}
-    report.lines(path, series, "context / training length", "loss (nats per token)", log_x=True, mark_x=1)
+        if "by_position" in result:
+            loss = result["by_position"]["loss"]
+            places[name] = [p / result["train_length"] for p in result["by_position"]["position"]], loss
+        if has(result, "entropy"):
+            spread[name] = curve(result, "entropy")
+    if places:
+        report.lines(folder / "position.png", places, "position / training length", "loss (nats per token)", mark_x=1)
+    if spread:
+        label = "entropy of attention (nats)"
+        report.lines(folder / "attention.png", spread, "context / training length", label, log_x=True, mark_x=1)
 
 
 @dataclass
 class Options:
     usage: ClassVar[str] = "python evaluate.py RUN [RUN ...] [--key=value ...]"
 
-    targets: int = 256  # windows scored at every length
-    table: str = ""  # also write the table to this Markdown file, with what made it
+    targets: int = 128  # windows scored at every length
+    posenc: str | list = ""  # arguments for the runs' encoding, or another encoding, at test time
+    window: int = 0  # attend to the last WINDOW tokens alone; 0 means to all
+    sinks: int = 0  # with a window, keep the first SINKS tokens in sight too
+    log_n: bool = False  # multiply queries by ln n / ln T where they see n > T tokens
+    data: str = ""  # another data set than the run's: its name, or a file or folder of text
+    train_length: int = 0  # T of the lengths and targets; by default each run's own
+    frequencies: bool = False  # look at the pairs of rope's rotations instead: norms, shares of the logits, silencing
+    out_dir: str = ""  # write length.json, results.md and the pictures into this folder
+    table: str = ""  # also write the first table to this Markdown file, with what made it
     picture: str = ""  # also draw the curves into this PNG
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     data_dir: str = ""  # where the token files are; by default where the run had them
 
     def __post_init__(self):
         require(self.targets >= 1, f"--targets must be at least 1, not {self.targets}")
+        for key in ("window", "sinks", "train_length"):
+            require(getattr(self, key) >= 0, f"--{key} must not be negative")
+        require(self.window or not self.sinks, "--sinks needs a --window")
         require(not self.picture or self.picture.endswith(".png"), f"--picture={self.picture} must end in .png")
         for key, path in (("table", self.table), ("picture", self.picture)):
             require(Path(path).parent.is_dir(), f"--{key}={path}: there is no folder {Path(path).parent}")
             require(not path or not Path(path).is_dir(), f"--{key}={path} is a folder; name a file in it")
+        out = Path(self.out_dir)
+        require(not (out / runs.CKPT).exists(), f"--out_dir={out} holds a run; name another folder, {out}/reach say")
+        require(out.is_dir() or not out.exists(), f"--out_dir={out} is a file; name a folder")
+
+
+def open_dataset(opened, options):
+    """The run's data set, or the one that --data names. UserError where the run's own has changed."""
+    config = opened.config
+    config.data_dir = options.data_dir or config.data_dir
+    if not options.data:
+        dataset = data.open_dataset(config, opened.encoding)
+        if dataset.meta["data_checksum"] != opened.data_checksum:
+            where = dataset.folder
+            raise UserError(f"the corpus of {opened.path} is not the one here ({where}); name another --data_dir")
+        return dataset
+    known = options.data in data.SOURCES and options.data != "text"
+    if not known and not Path(options.data).expanduser().exists():
+        names = ", ".join(name for name in data.SOURCES if name != "text")
+        raise UserError(f"--data={options.data} is neither a file or folder nor one of {names}")
+    other = dict(dataset=options.data, text="") if known else dict(dataset="text", text=options.data)
+    return data.open_dataset(dataclasses.replace(config, **other), opened.encoding)
 
 
 def main(argv):
@@ -151,25 +347,32 @@ def main(argv):
     options = make(Options, given)
     if not paths:
         raise UserError(f"which runs? usage: {Options.usage}")
-    opened_runs = [runs.open_run(path) for path in paths]  # all of them first: a mistake comes before the work
+    # All of them first: a mistake comes before the work.
+    opened_runs = [runs.open_run(path, override=options.posenc) for path in paths]
     if len({opened.config.tokenizer for opened in opened_runs}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
-    results, seeds = {}, []
-    for path, opened in zip(paths, opened_runs, strict=True):
-        config, device = opened.config, devices.choose(options.device, opened.config.dtype)
-        config.data_dir = options.data_dir or config.data_dir
-        dataset = data.open_dataset(config, opened.encoding)
-        if dataset.meta["data_checksum"] != opened.data_checksum:
-            raise UserError(f"the corpus of {path} is not the one here ({dataset.folder}); name another --data_dir")
-        name = Path(path).name if len({Path(one).name for one in paths}) == len(paths) else path
-        results[name] = length_loss(opened.model.to(device.device), dataset, device, options.targets)
-        seeds.append(config.seed)
-    lines = table(results)
-    print("\n".join(lines))
+    names = paths if len({Path(path).name for path in paths}) < len(paths) else [Path(path).name for path in paths]
+    datasets = [open_dataset(opened, options) for opened in opened_runs]
+    device = devices.choose(options.device, opened_runs[0].config.dtype)
+    reading = dict(window=options.window or None, sinks=options.sinks, log_n=options.log_n)
+    results = {}
+    for name, opened, dataset in zip(names, opened_runs, datasets, strict=True):
+        model = opened.model.to(device.device)
+        results[name] = {"step": opened.step, "posenc": opened.config.posenc} | measure(
+            model, dataset, opened.encoding, device, options.targets, T=options.train_length, **reading
+        )
+    print("\n".join(tables(results)))
+    command = " ".join(["python evaluate.py", *argv])
+    seed = ", ".join(map(str, sorted({opened.config.seed for opened in opened_runs})))
+    if options.out_dir:
+        out = Path(options.out_dir)
+        out.mkdir(parents=True, exist_ok=True)
+        made = {"command": command, "seed": seed} | report.provenance(device.device)
+        runs.write_json(out / "length.json", {"made": made, "runs": results})
+        report.write_table(out / "results.md", "evaluate", tables(results), command, device.device, seed=seed)
+        pictures(out, results)
     if options.table:
-        command = " ".join(["python evaluate.py", *argv])
-        seed = ", ".join(map(str, sorted(set(seeds))))
-        report.write_table(options.table, "evaluate", lines, command, device.device, seed=seed)
+        report.write_table(options.table, "evaluate", table(results), command, device.device, seed=seed)
     if options.picture:
         picture(options.picture, results)
 

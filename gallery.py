@@ -11,7 +11,6 @@ does to the logits of a query at 4 T, over keys that differ in nothing but posit
 import before_torch  # noqa: F401  # isort: skip
 
 import inspect
-import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -49,10 +48,6 @@ class Gallery(Bench):
     runs_dir: str = "out/gallery"  # a folder for the runs, one each
     docs: str = "docs"  # encodings.md and encodings/ go here
     targets: int = 64  # windows scored at every length
-
-
-def slug(spec):
-    return re.sub(r"[^\w.]+", "-", spec).strip("-")
 
 
 def train(spec, folder, argv):
@@ -179,17 +174,17 @@ def main(argv):
     tested = {spec for cls in ENCODINGS.values() for spec in cls.stretches}
     trained = [spec for name in names if name not in tested for spec in (name, *ENCODINGS[name].variants)]
     for spec in trained:
-        train(spec, home / slug(spec), passed)
+        train(spec, home / report.slug(spec), passed)
     known, rows, pictures = runs.read_json(home / "losses.json"), {}, {}
     stretched = [(base, spec) for base in trained if base in ENCODINGS for spec in ENCODINGS[base].stretches]
     for base, spec in tqdm([(spec, spec) for spec in trained] + stretched, "losses", disable=None, leave=False):
         name = spec if base == spec else f"{base} → {spec}"
-        folder = home / slug(base)
+        folder = home / report.slug(base)
         rows[name] = {"loss": losses(spec, folder, config, device, known)}
         runs.write_json(home / "losses.json", known)
         model = runs.open_run(folder, "cpu", spec).model
         rows[name]["parameters"] = sum(p.numel() for p in model.posenc.parameters())
-        pictures[spec] = f"encodings/{slug(spec)}.png"
+        pictures[spec] = f"encodings/{report.slug(spec)}.png"
         picture(docs / pictures[spec], model.posenc[0], config.train_length)
     measured = speeds(trained, config, device)
     for spec in trained:

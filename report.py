@@ -10,21 +10,30 @@ import torch
 import device as devices
 
 COLOURS = ["#0b6e99", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c5c5c", "#c26a00", "#3d5a80"]
+STYLES = ["-", "--", ":"]  # one for each round of the colours
+
+
+def slug(text):
+    """Any text as a file name."""
+    return re.sub(r"[^\w.]+", "-", text).strip("-")
 
 
 def lines(path, series, x_label, y_label, log_x=False, mark_x=None, dpi=150):
-    """series {name: (xs, ys)} -> a PNG at `path`. mark_x draws a dashed vertical line, at the training length say."""
+    """series {name: (xs, ys)}, or (xs, ys, lows, highs) for a band around the line -> a PNG at `path`. mark_x draws a
+    dashed vertical line, at the training length say."""
 
     def draw(figure, axes):
-        for index, (name, (xs, ys)) in enumerate(series.items()):
-            marker = "o" if len(xs) < 30 else None
-            axes.plot(xs, ys, marker=marker, markersize=4, label=name, color=COLOURS[index % len(COLOURS)])
+        for index, (name, (xs, ys, *band)) in enumerate(series.items()):
+            look = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
+            axes.plot(xs, ys, marker="o" if len(xs) < 30 else None, markersize=4, label=name, **look)
+            if band:
+                axes.fill_between(xs, *band, color=look["color"], alpha=0.2, linewidth=0)
         if log_x:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, ncols=1 + len(series) // 9, fontsize="small" if len(series) > 8 else None)
 
     save(path, draw, x_label, y_label, mark_x, dpi)
 
@@ -56,6 +65,12 @@ def save(path, draw, x_label, y_label, mark_x, dpi):
     figure.savefig(part, format="png")
     plt.close(figure)
     part.replace(path)
+
+
+def markdown(heads, rows):
+    """Cells of text -> the lines of a Markdown table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
 
 
 def provenance(device):

@@ -145,10 +145,12 @@ def load_weights(model, state, fresh=False):
 class Run:
     """A checkpoint, ready for use."""
 
+    path: str | Path  # as it was asked for
     model: GPT  # in eval mode
     config: Config
     encoding: tiktoken.Encoding
     data_checksum: str
+    step: int  # at which it was saved
     trained: str | list  # the `posenc` it was trained with, whatever is laid over it
 
 
@@ -160,7 +162,9 @@ def open_run(run, device="cpu", override=""):
     check_tokenizer(encoding, state)
     model = build(config, device)
     load_weights(model, state)
-    return Run(model.eval(), config, encoding, state.get("data_checksum", ""), state["config"]["posenc"])
+    return Run(
+        run, model.eval(), config, encoding, state.get("data_checksum", ""), state["step"], state["config"]["posenc"]
+    )
 
 
 def merge_posenc(spec, override):

@@ -23,6 +23,7 @@ import runs
 from configs import Dtype, flags, make
 from data import tokenizer
 from errors import UserError, run
+from evaluate import windowed_losses
 from model import generate, require
 
 
@@ -64,18 +65,6 @@ class Stream:
     def write(self, ids, final=False):
         sys.stdout.write(self.decoder.decode(self.encoding.decode_bytes(ids), final))
         sys.stdout.flush()
-
-
-@torch.inference_mode()
-def score(model, ids, T):
-    """ids (B, N + 1) -> (B, N) nats of every token after the first, from the second window on seen with T/2 to T tokens
-    of context, re-encoded from position 0."""
-    losses, done, total = [], 0, ids.shape[1] - 1
-    while done < total:
-        end = min(total, done + max(1, T // 2) if done else T)
-        losses.append(model(ids[:, max(0, end - T) : end], ids[:, done + 1 : end + 1], last=end - done))
-        done = end
-    return torch.cat(losses, dim=1)
 
 
 def repeated(ids, n=4):
@@ -165,8 +154,7 @@ def main(argv):
     print(f"\n\n{colour[0]}{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s")
     if made:
         judge = runs.open_run(paths[0], device.device).model if options.posenc else model  # as it was trained
-        with device.autocast():
-            losses = [score(judge, torch.tensor([text], device=device.device), T)[0].tolist() for text in texts]
+        losses = [windowed_losses(judge, torch.tensor([text]), T, max(1, T // 2), device)[0].tolist() for text in texts]
         print(f"loss of the generated text, in nats per token, with at most T = {T} tokens of context:")
         print("\n".join(block_table(texts, losses, len(prompt), T)) + colour[1])
 

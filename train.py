@@ -260,7 +260,7 @@ def close(model, config, dataset, device, log, step):
     out = Path(config.out_dir)
     if config.length_targets and runs.read_json(out / "length.json").get("step") != step:
         model.eval()
-        result = evaluate.length_loss(model, dataset, device, config.length_targets)
+        result = evaluate.length_loss(model, dataset, device, config.length_targets, evaluate.MULTIPLES[:-1])
         if device.main:
             made = {"step": step, "seed": config.seed} | report.provenance(device.device)
             runs.write_json(out / "length.json", result | made)

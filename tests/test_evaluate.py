@@ -16,6 +16,9 @@ from model import GPT, GPTConfig
 CPU = Device(torch.device("cpu"), torch.float32)
 
 
+FEW = (0.5, 1, 1.5, 2, 4, 8)
+
+
 def dataset(lengths, tokens=None):
     """Validation documents of the given lengths, of numbered tokens unless given."""
     total = sum(lengths)
@@ -28,7 +31,7 @@ class Recorder:
     """Stands for a model: writes down what it is asked, and answers with a loss of 1 for every target."""
 
     def __init__(self, train_length, max_length=math.inf):
-        self.config, self.max_length = GPTConfig(train_length=train_length), max_length
+        self.config, self.max_length = GPTConfig(train_length=train_length, vocab_size=1), max_length
         self.calls, self.context = [], []
 
     def __call__(self, tokens, targets=None, cache=None, last=None):
@@ -42,7 +45,7 @@ class Recorder:
 
 def test_every_length_is_scored_on_the_same_targets_with_the_tokens_before_them():
     model = Recorder(train_length=16)
-    result = evaluate.length_loss(model, dataset([200, 50, 300]), CPU, count=10, budget=10**9, chunk=7)
+    result = evaluate.length_loss(model, dataset([200, 50, 300]), CPU, count=10, multiples=FEW)
     assert result["lengths"] == [8, 16, 24, 32, 64, 128]
     assert result["loss"] == [1.0] * 6
     longest = model.calls[-1][0]
@@ -58,20 +61,20 @@ def test_every_length_is_scored_on_the_same_targets_with_the_tokens_before_them(
 
 
 def test_documents_that_are_too_short_are_read_across():
-    result = evaluate.length_loss(Recorder(16), dataset([100] * 20), CPU, count=5)
+    result = evaluate.length_loss(Recorder(16), dataset([100] * 20), CPU, 5, FEW)
     assert result["lengths"][-1] == 128
 
 
 def test_lengths_the_validation_text_cannot_hold_are_left_out():
-    assert evaluate.length_loss(Recorder(16), dataset([60]), CPU, count=5)["lengths"] == [8, 16, 24, 32]
+    assert evaluate.length_loss(Recorder(16), dataset([60]), CPU, 5, FEW)["lengths"] == [8, 16, 24, 32]
 
 
 def test_lengths_without_positions_are_left_out():
-    result = evaluate.length_loss(Recorder(16, max_length=16), dataset([500]), CPU, count=5)
+    result = evaluate.length_loss(Recorder(16, max_length=16), dataset([500]), CPU, 5, FEW)
     assert (result["lengths"], len(result["loss"])) == ([8, 16], 2)
     assert evaluate.table({"learned": result, "rope": result | {"lengths": [8, 32]}})[2:] == [
-        "| learned | 1.000 | 1.000 | no position |",
-        "| rope | 1.000 | no position | 1.000 |",
+        "| learned | 1.000 | 1.000 | no position | 1 T |",
+        "| rope | 1.000 | no position | 1.000 |  |",
     ]
 
 
@@ -84,7 +87,7 @@ def uniform(vocab_size):
 
 def test_a_uniform_model_loses_the_logarithm_of_the_vocabulary():
     ids = np.random.default_rng(0).integers(40, size=600)
-    result = evaluate.length_loss(uniform(40), dataset([600], ids), CPU, count=8)
+    result = evaluate.length_loss(uniform(40), dataset([600], ids), CPU, 8, FEW)
     assert result["loss"] == pytest.approx([math.log(40)] * 6, rel=1e-6)
     windows, sizes = data.even_windows(ids, 16, 10), np.arange(40) % 3 + 1
     nats, bits = evaluate.validation_loss(uniform(40), windows, sizes, CPU, rows=3)
@@ -92,27 +95,125 @@ def test_a_uniform_model_loses_the_logarithm_of_the_vocabulary():
     assert bits == pytest.approx(160 * math.log2(40) / sum(int(sizes[y]) for y in windows[1].flatten()), rel=1e-6)
 
 
-def test_chunks_and_batches_change_nothing():
+def exact_model(**changes):
+    config = dict(vocab_size=40, n_layer=2, n_embd=32, train_length=16, zero_init=False) | changes
+    return GPT(GPTConfig(**config)).double().eval()
+
+
+def test_chunks_and_batches_change_nothing(monkeypatch):
     ids = np.random.default_rng(0).integers(40, size=2000)
-    model = GPT(GPTConfig(vocab_size=40, n_layer=2, n_embd=32, train_length=16, zero_init=False)).double().eval()
-    losses = [
-        evaluate.length_loss(model, dataset([2000], ids), CPU, count=8, budget=budget, chunk=chunk)["loss"]
-        for budget, chunk in ((10**9, 10**9), (1, 5), (300, 64))
-    ]
+    losses = []
+    for rows, chunk in ((1000, 1000), (1, 5), (3, 64)):
+        monkeypatch.setattr(evaluate, "at_once", lambda model, length, rows=rows: rows)
+        monkeypatch.setattr(evaluate, "CHUNK", chunk)
+        losses.append(evaluate.length_loss(exact_model(), dataset([2000], ids), CPU, 8)["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
     assert losses[2] == pytest.approx(losses[0], rel=1e-9)
 
 
+@pytest.mark.parametrize(("length", "stride"), [(8, 8), (8, 4), (7, 3), (40, 40), (8, 1)])
+def test_windows_give_every_token_the_context_they_say(length, stride):
+    model, ids = exact_model(), torch.randint(40, (2, 31))
+    got = evaluate.windowed_losses(model, ids, length, stride, CPU)
+    assert got.shape == (2, 30)
+    for token in range(1, 31):  # one token at a time, without a cache
+        behind = 0 if token <= length else (token - length - 1) // stride * stride + stride
+        assert token <= length or length - stride < token - behind <= length
+        log_p = model(ids[:, behind:token])[:, -1].log_softmax(-1)
+        for row in range(2):
+            assert got[row, token - 1].item() == pytest.approx(-log_p[row, ids[row, token]].item(), rel=1e-6)
+
+
+def test_the_usual_measures_are_means_over_the_same_tokens():
+    ids, sizes = np.random.default_rng(0).integers(40, size=600), np.arange(40) % 3 + 1
+    model, text = exact_model(), dataset([600], ids)
+    found = evaluate.usual_losses(model, text, sizes, CPU, 2, (0.5, 1, 1.1, 4))
+    stretches = torch.tensor(np.stack([ids[begin : begin + 65] for begin in (0, 600 - 65)]))
+    targets = stretches[:, 1:]
+    for index, length in enumerate((8, 16, 18, 64)):
+        windows = zip(stretches[:, :-1].split(length, 1), targets.split(length, 1), strict=True)
+        apart = torch.cat([model(x, y) for x, y in windows], 1)
+        assert found["non_overlapping"][index] == pytest.approx(apart.mean().item(), rel=1e-6)
+        bits = apart.sum().item() / math.log(2) / int(sizes[targets].sum())
+        assert found["bits_per_byte"][index] == pytest.approx(bits, rel=1e-6)
+    assert found["sliding"][3] == found["non_overlapping"][3]  # one window
+    assert found["sliding"][0] != found["non_overlapping"][0]
+    assert found["by_position"]["position"] == [2 * i + 1 for i in range(32)]
+    assert found["by_position"]["loss"][5] == pytest.approx(apart[:, 10:12].mean().item(), rel=1e-6)
+
+
+def test_a_window_and_the_training_length_of_another_run():
+    ids = np.random.default_rng(0).integers(40, size=600)
+    model, text = exact_model(n_layer=1), dataset([600], ids)
+    whole, windowed = (evaluate.length_loss(model, text, CPU, 4, (1, 8), T=8, window=w)["loss"] for w in (None, 8))
+    assert whole[0] == pytest.approx(windowed[0], rel=1e-9)
+    assert whole[1] != windowed[1]
+    window = torch.tensor(evaluate.long_windows(text, 64, 2, 4))
+    own = [model(window[:, begin : begin + 8])[:, -1].log_softmax(-1) for begin in (55, 56)]
+    nats = -sum(p.gather(1, window[:, i + 63 : i + 64]).sum().item() for i, p in enumerate(own)) / 8
+    assert windowed[1] == pytest.approx(nats, rel=1e-6)  # one layer: the last 8 tokens are all there is
+
+
+class Copier(torch.nn.Module):
+    """Stands for a model that copies: what stood `period` tokens before gets probability 3/4, the other V - 1 tokens
+    share the rest; without that much context all are equal."""
+
+    def __init__(self, period, vocab_size, train_length):
+        super().__init__()
+        self.config, self.max_length = GPTConfig(train_length=train_length, vocab_size=vocab_size), math.inf
+        self.period = period
+
+    def forward(self, tokens, targets=None, cache=None, last=None):
+        before = cache.layers.get(0, tokens[:, :0])
+        seen = cache.layers[0] = torch.cat((before, tokens), dim=1)
+        if targets is None:
+            return None
+        place = torch.arange(seen.shape[1] - targets.shape[1], seen.shape[1]) + 1 - self.period
+        guess, V = seen[:, place.clamp(min=0)], self.config.vocab_size
+        p = torch.where(guess == targets, 0.75, 0.25 / (V - 1))
+        return -torch.where(place >= 0, p, 1 / V).log()
+
+
+def test_a_model_that_copies_has_the_loss_computed_by_hand():
+    text, ln = dataset([1000], np.tile(np.arange(20), 50)), math.log
+    model = Copier(20, 20, train_length=16)
+    result = evaluate.length_loss(model, text, CPU, 10, (0.5, 1, 1.25, 1.5, 4))
+    # 20 tokens of context reach the copy for the last of four targets, 24 for all of them.
+    quarter = (3 * ln(20) - ln(0.75)) / 4
+    assert result["loss"] == pytest.approx([ln(20), ln(20), quarter, -ln(0.75), -ln(0.75)], rel=1e-6)
+    usual = evaluate.usual_losses(model, text, np.full(20, 2), CPU, 3, (1, 2, 4))
+    at = {L: (min(19, L) * ln(20) - max(0, L - 19) * ln(0.75)) / L for L in (16, 32, 64)}
+    assert usual["non_overlapping"] == pytest.approx([at[16], at[32], at[64]], rel=1e-6)
+    assert usual["bits_per_byte"] == pytest.approx([at[L] / ln(2) / 2 for L in (16, 32, 64)], rel=1e-6)
+    # Of 64 tokens, windows of 32 that slide by 16 leave the first 19 and three of every later 16 without their copy.
+    slid = ((19 + 3 + 3) * ln(20) - (64 - 25) * ln(0.75)) / 64
+    assert usual["sliding"] == pytest.approx([ln(20), slid, at[64]], rel=1e-6)
+    assert usual["by_position"]["loss"][:9] == pytest.approx([ln(20)] * 9, rel=1e-6)  # bins of two tokens
+    assert usual["by_position"]["loss"][9:11] == pytest.approx([(ln(20) - ln(0.75)) / 2, -ln(0.75)], rel=1e-6)
+
+
+def test_a_length_holds_while_perplexity_is_within_five_percent():
+    def result(*losses):
+        return {"train_length": 10, "lengths": [5, 10, 15, 20, 40][: len(losses)], "loss": list(losses)}
+
+    assert evaluate.holds_to(result(9, 1, 1 + math.log(1.049), 1, 1.1)) == 2
+    assert evaluate.holds_to(result(9, 1, 1 + math.log(1.051), 1, 1)) == 1  # what comes back later does not count
+    assert evaluate.holds_to(result(9, 1, 0.9, 0.8, 0.7)) == 4
+    assert evaluate.holds_to(result(9)) is None
+
+
 def test_the_command_puts_runs_side_by_side(trained, learned, call_script, tmp_path):
-    (tmp_path / "page.md").write_text("before\n<!-- evaluate -->\nold\n<!-- /evaluate -->\nafter\n")
+    (tmp_path / "page.md").write_text("before\n<!-- evaluate -->\nstale\n<!-- /evaluate -->\nafter\n")
     flags = [f"--table={tmp_path}/page.md", f"--picture={tmp_path}/curves.png", "--targets=4"]
     done = call_script("evaluate.py", trained, learned, *flags)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
-    assert page.startswith("before\n<!-- evaluate -->\n| nats per token, 4 windows | 0.5 T | 1 T |")
+    assert page.startswith(
+        "before\n<!-- evaluate -->\n| nats per token, same targets of 4 windows | 0.5 T | 1 T | 1.12 T |"
+    )
     assert page.endswith(".\n<!-- /evaluate -->\nafter\n")
-    assert "old" not in page
-    assert page.count("no position") == 4
+    assert "stale" not in page
+    assert page.count("no position") == 7
     assert "Made by `python evaluate.py" in page
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((learned / "length.json").read_text())["lengths"] == [8, 16]

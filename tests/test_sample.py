@@ -9,7 +9,6 @@ import torch
 import runs
 import sample
 from data import tokenizer
-from model import GPT, GPTConfig
 
 T = 16  # of the run that `trained` makes
 
@@ -61,11 +60,12 @@ def test_never_prints_half_a_character(capsys):
 
 
 def test_window_posenc_and_crop_reach_the_model(trained, call_script):
-    plain = call_script("sample.py", trained, "--tokens=60", "--temperature=0").stdout
+    text = lambda done: done.stdout.partition(" tokens in ")[0]  # noqa: E731
+    plain = text(call_script("sample.py", trained, "--tokens=60"))
     for flags in (["--window=4", "--sinks=1"], ["--posenc=rope(base=3)"], ["--posenc=none"], ["--crop=5"]):
-        done = call_script("sample.py", trained, "--tokens=60", "--temperature=0", *flags)
+        done = call_script("sample.py", trained, "--tokens=60", *flags)
         assert done.returncode == 0, done.stderr
-        assert done.stdout != plain
+        assert text(done) != plain
 
 
 def test_a_learned_encoding_past_its_table_names_the_choices(learned, call_script):
@@ -118,21 +118,6 @@ def test_end_of_text_is_drawn_with_stop_alone(trained, call_script, tmp_path):
     assert "1500 tokens in" in go_on.stdout
     stop = call_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1", "--stop")
     assert int(re.search(r"(\d+) tokens in", stop.stdout)[1]) < 1500
-
-
-def test_score_is_the_loss_under_the_last_half_to_whole_training_length():
-    model = GPT(GPTConfig(vocab_size=50, n_layer=2, n_embd=32, train_length=8, zero_init=False)).double().eval()
-    for length in (2, 5, 9, 10, 13, 14, 40):
-        ids = torch.randint(50, (2, length))
-        got = sample.score(model, ids, 8)
-        assert got.shape == (2, length - 1)
-        for target in range(1, length):
-            end = target if target <= 8 else min(length - 1, 8 + -(-(target - 8) // 4) * 4)
-            start = max(0, end - 8) if target > 8 else 0
-            assert target <= 8 or 4 < target - start <= 8
-            log_p = model(ids[:, start:target])[:, -1].log_softmax(-1)
-            for row in range(2):
-                assert got[row, target - 1].item() == pytest.approx(-log_p[row, ids[row, target]].item(), rel=1e-6)
 
 
 def test_repeated_counts_four_grams_that_stood_before():

@@ -1,0 +1,290 @@
+"""Several configs x seeds, trained on the same data from the same initial weights, in one table and one picture.
+
+    python compare.py configs/rope.py configs/alibi.py --seeds=3
+    python compare.py none rope alibi 'rope(fraction=0.75)' --common=configs/quick.py --jobs=2 --out_dir=out/quick
+
+What is compared are config files, or values of `posenc`. Seeds pair the runs: those of one seed see the same batches
+and start from the same weights apart from the encoding, so the differences to the first are far surer than the losses.
+The same command goes on where it was stopped, and adds what is new. Where runs go on from another (`init_from`), that
+one is measured too: as it is, under a window of its training length, and with each encoding laid over it, untrained.
+"""
+
+import before_torch  # noqa: F401  # isort: skip
+
+import concurrent.futures
+import functools
+import math
+import os
+import queue
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from tqdm import tqdm
+
+import configs
+import device as devices
+import evaluate
+import posenc
+import report
+import runs
+import train
+from configs import Config
+from errors import UserError, run
+from evaluate import TABLES, by_multiple
+from model import require
+
+HERE = Path(__file__).parent
+SINKS = 4  # under the window that stretched contexts are compared with
+
+
+@dataclass
+class Compare(Config):
+    """Settings that all runs share, and how to compare."""
+
+    usage: ClassVar[str] = "python compare.py CONFIG.py|POSENC ... [--common=CONFIG.py] [--key=value ...]"
+
+    common: str | list = ""  # config file of settings that all share, or several
+    seeds: int = 3  # runs of each, with seed, seed + 1, ...
+    jobs: int = 0  # runs at once, which share the CPU's cores or take turns on GPUs; 0 means 1, or one for each GPU
+    targets: int = 64  # windows scored at every length
+    tables: str = ""  # also write the tables to this Markdown file, between <!-- name --> comments of out_dir's name
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("seeds", "targets"):
+            require(getattr(self, key) >= 1, f"--{key} must be at least 1, not {getattr(self, key)}")
+        require(self.jobs >= 0, "--jobs must not be negative")
+        require(Path(self.tables).parent.is_dir(), f"--tables={self.tables}: no folder {Path(self.tables).parent}")
+
+
+@dataclass
+class Contestant:
+    name: str
+    argv: list  # what train.py is told
+    settings: dict  # the same, read
+
+    def config(self, seed, out):
+        return train.settle([], self.settings | {"seed": seed, "out_dir": str(out / f"{self.name}-{seed}")})
+
+
+def contestants(words, common, flags):
+    """What the command line names -> [Contestant]. UserError for what is neither config file nor encoding."""
+    if "posenc" in flags:
+        raise UserError("--posenc would make all of them the same; name encodings as you name config files, without it")
+    shared, found = {}, {}
+    for file in common:
+        shared |= configs.read(file, Config)
+    for word in words:
+        if word.endswith(".py"):
+            name, own, argv = Path(word).stem, configs.read(word, Config), [word]
+        else:
+            try:
+                posenc.parse(word)
+            except ValueError as error:
+                raise UserError(f"{word} is no config file (FILE.py), and as an encoding: {error}") from None
+            name, own, argv = report.slug(word), {"posenc": word}, [f"--posenc={word}"]
+        if name in found:
+            raise UserError(f"two are called '{name}': give the config files different names")
+        argv = [*common, *argv, *(f"--{key}={value}" for key, value in flags.items())]
+        found[name] = Contestant(name, argv, shared | own | flags)
+    if not found:
+        raise UserError(f"which configs? usage: {Compare.usage}")
+    return list(found.values())
+
+
+class Workers:
+    """Scripts in processes of their own, `jobs` at once, which share the cores or take turns on the GPUs."""
+
+    def __init__(self, jobs, device, logs):
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        self.jobs, self.logs, self.running, self.stopped = jobs or max(1, gpus), logs, set(), threading.Event()
+        self.places = queue.Queue()
+        for index in range(self.jobs):
+            self.places.put(f"cuda:{index % gpus}" if gpus else device.type)
+        self.env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.jobs))}
+
+    def call(self, name, script, *argv):
+        """Run a script to its end; what it prints goes to a file. UserError with the last line of that, if it fails."""
+        log, place = self.logs / f"{name}.log", self.places.get()
+        try:
+            if self.stopped.is_set():
+                return
+            command = [sys.executable, str(HERE / script), *map(str, argv), f"--device={place}"]
+            with open(log, "w") as out:
+                process = subprocess.Popen(command, env=self.env, stdout=out, stderr=subprocess.STDOUT)
+                self.running.add(process)
+                status = process.wait()
+                self.running.discard(process)
+        finally:
+            self.places.put(place)
+        if status and not self.stopped.is_set():
+            said = log.read_text(errors="replace").split("\n")[-2:]
+            raise UserError(f"{name} failed ({log}): {' '.join(said).strip() or f'exit status {status}'}")
+
+    def all(self, functions):
+        """{key: function that calls us} -> {key: what it returned}. The first failure, Ctrl-C or SIGTERM stops all of
+        them; runs save what they have."""
+
+        def stop(number, frame):
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, stop)
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            keys = {pool.submit(function): key for key, function in functions.items()}
+            try:
+                done = concurrent.futures.as_completed(keys)
+                return {keys[one]: one.result() for one in tqdm(done, "runs", len(keys), disable=None, unit="")}
+            except BaseException:
+                self.stopped.set()
+                for process in list(self.running):
+                    process.terminate()
+                raise
+            finally:
+                signal.signal(signal.SIGTERM, before)
+
+
+def measured(workers, name, folder, path, step, *flags):
+    """evaluate.py's result for the run at `path`: the one in the folder, where the same call left it, or a new one."""
+    argv = [str(path), *flags, f"--out_dir={folder}"]
+
+    def read():
+        saved = runs.read_json(folder / "length.json")
+        same = saved and saved["made"]["command"].startswith(" ".join(["python evaluate.py", *argv]))
+        (result,) = saved["runs"].values() if same else [None]
+        return result if result and result["step"] == step else None
+
+    if not read():
+        workers.call(name, "evaluate.py", *argv)
+    return read()
+
+
+def trained(workers, config, argv, *flags):
+    """Train a run, or go on with it, and measure it -> evaluate.py's result."""
+    folder = Path(config.out_dir)
+    apart = train.MAY_CHANGE - {"max_steps"} | {"vocab_size"}  # the tokenizer fills that in
+    saved, wanted = (
+        {key: value for key, value in settings.items() if key not in apart}
+        for settings in (runs.read_json(folder / "config.json"), runs.plain(config))
+    )
+    if saved != wanted or not (folder / "reach" / "length.json").exists():
+        workers.call(folder.name, "train.py", *argv, f"--seed={config.seed}", f"--out_dir={folder}")
+    return measured(workers, folder.name, folder / "reach", folder, config.max_steps, *flags)
+
+
+def mean(results):
+    """Results of several seeds -> one with their means: nested dicts and lists of numbers, of the same form in all."""
+    first = results[0]
+    if isinstance(first, dict):
+        return {key: mean([result[key] for result in results]) for key in first}
+    if isinstance(first, list):
+        return [mean(list(column)) for column in zip(*results, strict=True)]
+    return statistics.fmean(results) if isinstance(first, float) else first
+
+
+def with_error(numbers):
+    """Numbers of several seeds -> their mean and its standard error, as text."""
+    error = f" ± {statistics.stdev(numbers) / math.sqrt(len(numbers)):.3f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):+.3f}{error}"
+
+
+def seeds_table(results, seeds, key):
+    """{name: [result of each seed]} -> lines: mean, every seed, and the paired difference to the first of them."""
+    title, _, form = TABLES[key]
+    rows, first = {}, None
+    for name, many in results.items():
+        numbers = [by_multiple(one, key) for one in many]
+        first = first or numbers
+        at = {m: [one[m] for one in numbers] for m in numbers[0]}  # multiple of T: what each seed has there
+        rows[name, "mean"] = {m: f"**{form.format(statistics.fmean(column))}**" for m, column in at.items()}
+        for index, seed in enumerate(seeds):
+            rows[name, f"seed {seed}"] = {m: form.format(column[index]) for m, column in at.items()}
+        if numbers is not first:
+            pairs = {m: [x - one[m] for x, one in zip(at[m], first, strict=True)] for m in at if m in first[0]}
+            rows[name, f"less {next(iter(results))}"] = {m: with_error(column) for m, column in pairs.items()}
+    return evaluate.at_multiples([title, ""], rows)
+
+
+def ratio_table(results):
+    """{name: mean result} -> lines: perplexity over that at T."""
+    rows = {}
+    for name, result in results.items():
+        loss = by_multiple(result, "loss")
+        rows[name,] = {m: f"{math.exp(nats - loss[1]):.2f}" for m, nats in loss.items() if 1 in loss}
+    return evaluate.at_multiples(["perplexity / perplexity at T"], rows)
+
+
+def before_training(workers, out, found, T, *flags):
+    """{title: function that measures}: the runs that others go on from, as they are, under a window, and with every
+    encoding that goes on from them laid over, untrained."""
+    jobs, configs_ = {}, [one.config(0, out) for one in found]
+    for base in dict.fromkeys(config.init_from for config in configs_ if config.init_from):
+        state, name = runs.load(base), Path(base).name
+        ways = {f"{name} as it is": [], f"{name} under a window of T": [f"--window={T}", f"--sinks={SINKS}"]}
+        for one, config in zip(found, configs_, strict=True):
+            if config.init_from == base and config.posenc != state["config"]["posenc"]:
+                ways[f"{one.name} untrained"] = [f"--posenc={config.posenc}"]
+        for title, more in ways.items():
+            folder = out / "untrained" / report.slug(title)
+            jobs[title] = functools.partial(measured, workers, folder.name, folder, base, state["step"], *flags, *more)
+    return jobs
+
+
+def main(argv):
+    words, given = configs.flags(argv, Compare)
+    ours = {field.name for field in fields(Compare)} - {field.name for field in fields(Config)}
+    ours |= {"out_dir", "seed", "device"}
+    options = configs.make(Compare, {key: value for key, value in given.items() if key in ours})
+    common = [options.common] if isinstance(options.common, str) else options.common
+    rest = {key: value for key, value in given.items() if key not in ours}
+    found = contestants(words, [file for file in common if file], rest)
+    out, seeds = Path(options.out_dir or "out/compare"), [options.seed + index for index in range(options.seeds)]
+    if (out / runs.CKPT).exists():
+        raise UserError(f"{out} holds a run; choose another folder with --out_dir")
+    device = devices.choose(options.device).device
+    every = [(one, one.config(seed, out)) for seed in seeds for one in found]
+    T = min(config.original_length or config.train_length for _, config in every)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+
+    workers, flags = (
+        Workers(options.jobs, device, out / "logs"),
+        (f"--targets={options.targets}", f"--train_length={T}"),
+    )
+    jobs = before_training(workers, out, found, T, *flags)
+    untrained = list(jobs)
+    for one, config in every:
+        jobs[one.name, config.seed] = functools.partial(trained, workers, config, one.argv, *flags)
+    results = workers.all(jobs)
+
+    by_seed = {one.name: [results[one.name, seed] for seed in seeds] for one in found}
+    means = {title: results[title] for title in untrained} | {name: mean(many) for name, many in by_seed.items()}
+    key = "exact" if "exact" in next(iter(means.values())) else "loss"
+    lines = [*evaluate.tables(means), "", *seeds_table(by_seed, seeds, key)]
+    if key == "loss":
+        lines += ["", *ratio_table(means)]
+    command = shlex.join(["python", "compare.py", *argv])
+    runs.write_json(
+        out / "results.json",
+        {
+            "made": {"command": command} | report.provenance(device),
+            "train_length": T,
+            "untrained": {title: results[title] for title in untrained},
+            "runs": {name: dict(zip(map(str, seeds), many, strict=True)) for name, many in by_seed.items()},
+        },
+    )
+    for path in filter(None, (out / "results.md", options.tables)):
+        report.write_table(path, out.name, lines, command, device, seeds=", ".join(map(str, seeds)))
+    evaluate.pictures(out, means, by_seed)
+    print("\n".join(evaluate.table(means, key)))
+    print(f"all of it: {out}/results.md, results.json, length.png")
+
+
+if __name__ == "__main__":
+    run(main)

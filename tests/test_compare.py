@@ -1,0 +1,134 @@
+"""Comparisons: paired statistics by hand, and a real one that is killed and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import ENV, ROOT, TINY
+
+import compare
+
+LENGTHS = [8, 16, 32]
+
+
+def result(*losses):
+    return {"train_length": 16, "lengths": LENGTHS[: len(losses)], "loss": list(losses), "windows": 4}
+
+
+def test_means_and_paired_differences():
+    results = {
+        "rope": [result(3.0, 1.0, 2.0), result(3.0, 2.0, 4.0), result(3.0, 3.0, 6.0)],
+        "learned": [result(3.0, 1.1), result(3.0, 2.4), result(3.0, 3.1)],
+    }
+    lines = compare.seeds_table(results, [7, 8, 9], "loss")
+    assert lines[0] == "| nats per token, same targets |  | 0.5 T | 1 T | 2 T |"
+    assert lines[2] == "| rope | mean | **3.000** | **2.000** | **4.000** |"
+    assert lines[5] == "| rope | seed 9 | 3.000 | 3.000 | 6.000 |"
+    # Differences .1, .4, .1: mean .2, standard deviation sqrt(.06 / 2), error that over sqrt(3).
+    assert lines[-1] == "| learned | less rope | +0.000 ± 0.000 | +0.200 ± 0.100 | no position |"
+    assert "±" not in compare.seeds_table({name: many[:1] for name, many in results.items()}, [7], "loss")[-1]
+    means = {name: compare.mean(many) for name, many in results.items()}
+    assert means["rope"] == result(3.0, 2.0, 4.0)
+    assert compare.ratio_table(means)[2:] == [
+        "| rope | 2.72 | 1.00 | 7.39 |",
+        "| learned | 2.23 | 1.00 | no position |",
+    ]
+
+
+@pytest.fixture
+def command(corpus, tmp_path):
+    """The words of a comparison of rope and none with two seeds, in tmp_path/out."""
+    settings = {key: value for key, value in TINY.items() if key not in ("max_steps", "length_targets", "device")}
+    settings |= {"text": corpus, "data_dir": corpus.parent / "data", "max_steps": 40, "length_targets": 0}
+    (tmp_path / "shared.py").write_text("checkpoint_interval = 2\n")
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    flags += [f"--common={tmp_path}/shared.py", "--targets=4", "--seeds=2", "--jobs=2", f"--out_dir={tmp_path}/out"]
+    return ["rope", "none", *flags, "--device=cpu"]
+
+
+def test_a_killed_comparison_goes_on_where_it_was(command, tmp_path, run_script, call_script):
+    words, out = [sys.executable, str(ROOT / "compare.py"), *map(str, command)], tmp_path / "out"
+    process = subprocess.Popen(words, env=ENV, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list(out.glob("*/ckpt.pt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    begun = {path: json.loads((path / "config.json").read_text()) for path in out.glob("*-*") if path.is_dir()}
+    assert begun
+    assert not (out / "results.json").exists()
+
+    done = run_script("compare.py", *command)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((out / "results.json").read_text())
+    assert {name: sorted(seeds) for name, seeds in saved["runs"].items()} == {
+        "rope": ["1337", "1338"], "none": ["1337", "1338"],
+    }  # fmt: skip
+    one = saved["runs"]["none"]["1338"]
+    assert one["train_length"] == 16
+    assert len(one["loss"]) == len(one["lengths"]) == len(one["sliding"]) == len(one["attention"]["entropy"]) == 9
+    assert "commit" in saved["made"]
+    page = (out / "results.md").read_text()
+    assert all(word in page for word in ("| none | less rope |", "seed 1338", "holds to", "Made by `python compare.py"))
+    for picture in ("length.png", "position.png", "attention.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    # Paired: the weights that both have start alike, and the runs of two seeds do not.
+    finals = {path.parent.name: torch.load(path, weights_only=True) for path in out.glob("*/ckpt.pt")}
+    assert len(finals) == 4
+    assert all(state["step"] == 40 for state in finals.values())
+
+    # Once more: nothing is trained or measured again. Another setting is refused, and nothing is lost.
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/**/*") if path.suffix in (".pt", ".json")}
+    assert call_script("compare.py", *command).returncode == 0
+    other = call_script("compare.py", *command, "--batch_size=16")
+    assert other.returncode == 2
+    assert "batch_size was 8 and is now 16" in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_stretched_runs_are_set_beside_what_they_came_from(trained, corpus, tmp_path, run_script):
+    (tmp_path / "extend.py").write_text(
+        f"init_from = '{trained}'\ntrain_length = 32\nmax_steps = 2\nlength_targets = 0\n"
+    )
+    flags = [f"--common={tmp_path}/extend.py", "--targets=2", "--seeds=1", "--jobs=2", f"--out_dir={tmp_path}/out"]
+    flags += [
+        f"--text={corpus}",
+        "--dataset=text",
+        f"--data_dir={corpus.parent}/data",
+        "--batch_size=4",
+        "--device=cpu",
+    ]
+    done = run_script("compare.py", 'rope(scaling="linear", factor=2)', "none", *flags)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    linear = "rope-scaling-linear-factor-2"
+    assert list(saved["untrained"]) == [
+        "run as it is", "run under a window of T", f"{linear} untrained", "none untrained",
+    ]  # fmt: skip
+    assert saved["train_length"] == 16  # of the run they came from
+    losses = [one["loss"] for one in saved["untrained"].values()] + [saved["runs"][linear]["1337"]["loss"]]
+    assert len({round(one[5], 6) for one in losses}) == 5  # at 2 T all differ
+    assert losses[0][1] == pytest.approx(losses[1][1], abs=1e-6)  # the window does nothing at T
+
+
+def test_mistakes_are_one_line(call_script, tmp_path, trained):
+    for words, said in (
+        ([], "which configs"),
+        (["rpe"], "did you mean 'rope'"),
+        (["nowhere.py"], "no config file nowhere.py"),
+        (["rope", "rope"], "named"),
+        (["rope", "--posenc=none"], "--posenc"),
+        (["rope", "--seeds=0"], "at least 1"),
+        (["rope", "--common=nowhere.py"], "no config file nowhere.py"),
+        (["rope", "--learning_rat=1"], "learning_rate"),
+        (["rope", f"--out_dir={trained}"], "holds a run"),
+    ):
+        done = call_script("compare.py", *words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert said in done.stderr
+        assert not (tmp_path / "out").exists()
