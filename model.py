@@ -7,6 +7,7 @@ H heads of width D, V tokens in the vocabulary. Position enters through posenc.p
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -168,6 +169,7 @@ class Call:
     temper: torch.Tensor | None  # (T, 1) factors on the queries
     cache: Cache | None
     memory: Memory | None
+    watch: Callable | None
 
 
 def visible(q_pos, k_pos, window=None, sinks=0):
@@ -267,7 +269,7 @@ class Attention(nn.Module):
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if call.temper is not None:
             q = q * call.temper.to(q.dtype)
-        state, plain, sunk = encoding.state(x, cache.last(self.layer) if cache else {}), q, None
+        state, plain, sunk = encoding.state(x, cache.last(self.layer) if cache else {}), (q, k), None
         if encoding.rotate_once:
             q, k = encoding.rotate(q, k, pos, pos if M == T else k_pos, call.reach)
         if cache is not None:
@@ -275,12 +277,14 @@ class Attention(nn.Module):
             k, v = state.pop("k"), state.pop("v")
         if call.near is not None and encoding.relative:  # sinks are met by queries at `near`
             if encoding.rotate_once:  # and keys stay as they are
-                sunk = encoding.rotate(plain, plain, call.near, call.near, call.reach)[0], k
+                sunk = encoding.rotate(plain[0], plain[0], call.near, call.near, call.reach)[0], k
             else:
-                sunk = encoding.rotate(plain, k, call.near, k_pos, call.reach)
+                sunk = encoding.rotate(q, k, call.near, k_pos, call.reach)
             sunk = *sunk, call.near, k_pos < call.sinks
         if not encoding.rotate_once:
-            q, k = encoding.rotate(plain, k, pos, k_pos, call.reach)
+            q, k = encoding.rotate(q, k, pos, k_pos, call.reach)
+        if call.watch is not None:
+            call.watch(self.layer, encoding, plain, q, k, pos, k_pos, call.seen, state)
         y = attend(encoding, q, k, v, pos, k_pos, call.seen, sunk, self.dropout if self.training else 0.0, state)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -368,7 +372,7 @@ class GPT(nn.Module):
 
     def forward(
         self, tokens, targets=None, pos=None, cache=None, window=None, sinks=0, log_n=False, last=None, segments=1,
-        memory=None,
+        memory=None, watch=None,
     ):  # fmt: skip
         """tokens (B, T) -> logits (B, T, V), or with targets (B, T) the loss of every token in nats (B, T).
 
@@ -379,11 +383,15 @@ class GPT(nn.Module):
         log_n multiplies queries by ln n / ln T where they see n > T tokens, which keeps attention from spreading (Su
         2021, kexue.fm/archives/8823). `segments` reads the tokens in so many equal parts, each over a memory of the one
         before. ValueError for positions past `max_length`.
+
+        watch(layer, encoding, plain, q, k, q_pos, k_pos, seen, state) is called in every layer before attention, with
+        what `attend` is given but for values and sinks; plain are this call's q and k before they were rotated.
         """
         if segments > 1:
             memory, parts = Memory(), tokens.chunk(segments, dim=1)
             wanted = [None] * segments if targets is None else targets.chunk(segments, dim=1)
-            return torch.cat([self(x, y, memory=memory) for x, y in zip(parts, wanted, strict=True)], dim=1)
+            pairs = zip(parts, wanted, strict=True)
+            return torch.cat([self(x, y, memory=memory, watch=watch) for x, y in pairs], dim=1)
         T = tokens.shape[1]
         if cache is not None:
             window, sinks, log_n = cache.window, cache.sinks, cache.log_n
@@ -411,6 +419,7 @@ class GPT(nn.Module):
             temper=(pos[:, None] + 1).clamp(trained, max(trained, reach)).log() / math.log(trained) if log_n else None,
             cache=cache,
             memory=memory,
+            watch=watch,
         )
 
         x = self.token_norm(self.token(tokens))  # (B, T, C)

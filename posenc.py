@@ -524,10 +524,15 @@ class RoPE(Encoding):
         turned = torch.addcmul(pairs * cos, pairs.roll(self.dims // 2, dims=-1), sin).to(x.dtype)
         return turned if self.dims == self.head_dim else torch.cat((turned, x[..., self.dims :]), dim=-1)
 
-    def table(self, pos, dtype, length):
-        frequency = frequencies(self.dims, self.base, dtype, pos.device)
+    def frequency(self, length, dtype, device=None):
+        """Frequencies (dims/2,) in a context of `length` tokens, 0 for pairs that stay; and the factor on cos, sin."""
+        frequency = frequencies(self.dims, self.base, dtype, device)
         frequency, magnitude = getattr(self, f"by_{self.scaling}")(frequency, max(length, self.train_length))
-        frequency = frequency * (torch.arange(self.dims // 2, device=pos.device) < int(self.fraction * self.dims / 2))
+        turning = torch.arange(self.dims // 2, device=device) < int(self.fraction * self.dims / 2)
+        return frequency * turning, magnitude
+
+    def table(self, pos, dtype, length):
+        frequency, magnitude = self.frequency(length, dtype, pos.device)
         angle = pos[:, None].to(dtype) * frequency
         cos, sin = angle.cos() * magnitude, angle.sin() * magnitude
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (x_m, x_{m+d/2}) and (-x_{m+d/2}, x_m)

@@ -38,13 +38,21 @@ def lines(path, series, x_label, y_label, log_x=False, mark_x=None, dpi=150):
     save(path, draw, x_label, y_label, mark_x, dpi)
 
 
-def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None, dpi=150):
-    """rows (N, M) -> a PNG at `path` of M columns, which lie `scale` apart."""
+def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None, dpi=150, span=(-2, 2), colours="RdBu", ticks=({}, {})):
+    """rows (N, M) -> a PNG at `path` of M columns, which lie `scale` apart; NaN is left white. span: the values at the
+    ends of the colours, None for the least or largest of all. ticks: {place: label} along x and y, {} for the usual."""
 
     def draw(figure, axes):
         extent = (0, rows.shape[1] * scale, rows.shape[0], 0)
-        image = axes.imshow(rows, aspect="auto", cmap="RdBu", extent=extent, vmin=-2, vmax=2, interpolation="nearest")
-        figure.colorbar(image, ax=axes)
+        low, high = span
+        image = axes.imshow(
+            rows, aspect="auto", cmap=colours, extent=extent, vmin=low, vmax=high, interpolation="nearest"
+        )
+        above = high is not None and (rows > high).any()
+        figure.colorbar(image, ax=axes, extend="max" if above else "neither")
+        for axis, named in zip((axes.xaxis, axes.yaxis), ticks, strict=True):
+            if named:
+                axis.set_ticks(list(named), labels=list(named.values()))
 
     save(path, draw, x_label, y_label, mark_x, dpi)
 
