@@ -17,6 +17,7 @@ import math
 import os
 import queue
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -55,14 +56,14 @@ class Compare(Config):
     seeds: int = 3  # runs of each, with seed, seed + 1, ...
     jobs: int = 0  # runs at once, which share the CPU's cores or take turns on GPUs; 0 means 1, or one for each GPU
     targets: int = 64  # windows scored at every length
-    tables: str = ""  # also write the tables to this Markdown file, between <!-- name --> comments of out_dir's name
+    docs: str = ""  # a folder whose results.md has a place for the tables, <!-- NAME --> of out_dir; and for NAME.png
 
     def __post_init__(self):
         super().__post_init__()
         for key in ("seeds", "targets"):
             require(getattr(self, key) >= 1, f"--{key} must be at least 1, not {getattr(self, key)}")
         require(self.jobs >= 0, "--jobs must not be negative")
-        require(Path(self.tables).parent.is_dir(), f"--tables={self.tables}: no folder {Path(self.tables).parent}")
+        require(not self.docs or (Path(self.docs) / "results.md").is_file(), f"--docs={self.docs} has no results.md")
 
 
 @dataclass
@@ -279,9 +280,11 @@ def main(argv):
             "runs": {name: dict(zip(map(str, seeds), many, strict=True)) for name, many in by_seed.items()},
         },
     )
-    for path in filter(None, (out / "results.md", options.tables)):
-        report.write_table(path, out.name, lines, command, device, seeds=", ".join(map(str, seeds)))
     evaluate.pictures(out, means, by_seed)
+    for folder in [out, *([Path(options.docs)] if options.docs else [])]:
+        report.write_table(folder / "results.md", out.name, lines, command, device, seeds=", ".join(map(str, seeds)))
+    if options.docs:
+        shutil.copy(out / "length.png", Path(options.docs) / f"{out.name}.png")
     print("\n".join(evaluate.table(means, key)))
     print(f"all of it: {out}/results.md, results.json, length.png")
 

@@ -16,6 +16,7 @@ B); and in windows that slide by L/2, where all but the first tokens have at lea
 import before_torch  # noqa: F401  # isort: skip
 
 import dataclasses
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ def measure(model, dataset, encoding, device, count, T=0, **reading):
     if not any(reading.values()):  # under a window attention is another
         lengths, reached = reach(model, T, len(dataset.val))
         windows = long_windows(dataset, lengths[-1], max(1, T // 4), few)
-        result["attention"] = inside.attention(model, windows, device, reached)
+        result["attention"] = inside.attention(model, windows, device, reached, T=T)
     return result
 
 
@@ -342,38 +343,63 @@ def open_dataset(opened, options):
     return data.open_dataset(dataclasses.replace(config, **other), opened.encoding)
 
 
+def measured(opened_runs, datasets, device, options):
+    """Measure the runs -> ({name: result}, lines of all tables)."""
+    results = {}
+    for name, opened in opened_runs.items():
+        results[name] = {"step": opened.step, "posenc": opened.config.posenc} | measure(
+            opened.model, datasets[name], opened.encoding, device, options.targets, options.train_length,
+            window=options.window or None, sinks=options.sinks, log_n=options.log_n,
+        )  # fmt: skip
+    return results, tables(results)
+
+
+def rotations(opened_runs, datasets, device, options):
+    """The same for --frequencies, whose pictures go straight to their folder."""
+    looked_at = {}
+    for name, opened in opened_runs.items():
+        T, dataset = opened.config.train_length, datasets[name]
+        loss = functools.partial(length_loss, opened.model, dataset, device, options.targets, (1, 2, 4))
+        looked_at[name] = opened.model, long_windows(dataset, T, max(1, T // 4), options.targets), loss
+    lines, results = inside.report_frequencies(looked_at, device, options.out_dir)
+    return results, lines
+
+
 def main(argv):
     paths, given = flags(argv, Options)
     options = make(Options, given)
     if not paths:
         raise UserError(f"which runs? usage: {Options.usage}")
+    if options.frequencies and not options.out_dir:
+        raise UserError("--frequencies draws pictures: name a folder for them, --out_dir=out/frequencies say")
+    names = [Path(path).name for path in paths]
+    names = names if len(set(names)) == len(names) else paths
     # All of them first: a mistake comes before the work.
-    opened_runs = [runs.open_run(path, override=options.posenc) for path in paths]
-    if len({opened.config.tokenizer for opened in opened_runs}) > 1:
+    opened_runs = {n: runs.open_run(path, override=options.posenc) for n, path in zip(names, paths, strict=True)}
+    if len({opened.config.tokenizer for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
-    names = paths if len({Path(path).name for path in paths}) < len(paths) else [Path(path).name for path in paths]
-    datasets = [open_dataset(opened, options) for opened in opened_runs]
-    device = devices.choose(options.device, opened_runs[0].config.dtype)
-    reading = dict(window=options.window or None, sinks=options.sinks, log_n=options.log_n)
-    results = {}
-    for name, opened, dataset in zip(names, opened_runs, datasets, strict=True):
-        model = opened.model.to(device.device)
-        results[name] = {"step": opened.step, "posenc": opened.config.posenc} | measure(
-            model, dataset, opened.encoding, device, options.targets, T=options.train_length, **reading
-        )
-    print("\n".join(tables(results)))
+    datasets = {name: open_dataset(opened, options) for name, opened in opened_runs.items()}
+    device = devices.choose(options.device, opened_runs[names[0]].config.dtype)
+    for opened in opened_runs.values():
+        opened.model.to(device.device)
+    what = "frequencies" if options.frequencies else "length"
+    results, lines = (rotations if options.frequencies else measured)(opened_runs, datasets, device, options)
+    print("\n".join(lines))
+
     command = " ".join(["python evaluate.py", *argv])
-    seed = ", ".join(map(str, sorted({opened.config.seed for opened in opened_runs})))
+    seed = ", ".join(map(str, sorted({opened.config.seed for opened in opened_runs.values()})))
     if options.out_dir:
         out = Path(options.out_dir)
         out.mkdir(parents=True, exist_ok=True)
         made = {"command": command, "seed": seed} | report.provenance(device.device)
-        runs.write_json(out / "length.json", {"made": made, "runs": results})
-        report.write_table(out / "results.md", "evaluate", tables(results), command, device.device, seed=seed)
-        pictures(out, results)
+        runs.write_json(out / f"{what}.json", {"made": made, "runs": results})
+        report.write_table(out / "results.md", "evaluate", lines, command, device.device, seed=seed)
+        if not options.frequencies:
+            pictures(out, results)
     if options.table:
-        report.write_table(options.table, "evaluate", table(results), command, device.device, seed=seed)
-    if options.picture:
+        name, some = ("frequencies", lines) if options.frequencies else ("evaluate", table(results))
+        report.write_table(options.table, name, some, command, device.device, seed=seed)
+    if options.picture and not options.frequencies:
         picture(options.picture, results)
 
 

@@ -7,7 +7,6 @@ Frequencies descend with the pair m, so the first pairs turn fastest, and the *l
 
 import contextlib
 import math
-import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -67,8 +66,9 @@ def spread(model, tokens, last, device, chunk):
 
 
 @torch.inference_mode()
-def attention(model, windows, device, lengths, chunk=512, budget=1 << 12):
-    """Where the last T/4 queries of L tokens look, for every length L that the encoding has positions for.
+def attention(model, windows, device, lengths, chunk=512, budget=1 << 12, T=0):
+    """Where the last T/4 queries of L tokens look, for every length L that the encoding has positions for. T is the
+    model's own unless given.
 
     windows (N, Lmax + 1) ids, as evaluate.long_windows gives them: the input is the L tokens before the last, as it is
     for evaluate.length_loss. They enter a cache in chunks, about `budget` tokens at once, so memory grows with L alone.
@@ -76,7 +76,7 @@ def attention(model, windows, device, lengths, chunk=512, budget=1 << 12):
     layers of the entropy of the weights (nats), of the entropy / ln(keys seen), and of the weight on the first token;
     "by_layer" has the same with a list over the layers for every length. ValueError for windows that are too short.
     """
-    wanted = max(1, model.config.train_length // 4)
+    wanted = max(1, (T or model.config.train_length) // 4)
     reached = [length for length in lengths if length <= model.max_length]
     if reached and max(reached) >= windows.shape[1]:
         raise ValueError(f"windows of {windows.shape[1]} ids hold no {max(reached)} tokens and their last target")
@@ -218,17 +218,16 @@ def between(pairs):
     return f"{pairs[0]}–{pairs[-1]}" if len(pairs) > 1 else f"{pairs[0]}"
 
 
-def silencing(model, dataset, device, count, share=0.25, multiples=(1, 2, 4)):
-    """Losses without some pairs -> {"lengths", "loss": {case: nats per token at every length}, "pairs": {case: list}},
-    over `count` windows: with nothing changed; the fastest and slowest `share` of pairs, and those that never finish a
-    turn in T, silenced and frozen (see `silenced`); and each eighth of the pairs silenced alone. What never turns
-    counts among the slowest."""
-    import evaluate  # which imports this module
+def silencing(model, loss, share=0.25):
+    """What loss(), evaluate.length_loss's result for the model as it then is, becomes without some pairs ->
 
+    {"lengths", "loss": {case: nats per token at every length}, "pairs": {case: list}}: with nothing changed; the
+    fastest and slowest `share` of pairs, and those that never finish a turn in T, silenced and frozen (see `silenced`);
+    and each eighth of the pairs silenced alone. What never turns counts among the slowest."""
     tried, found = cases(model.config.train_length / wavelengths(model), share), {}
     for name, (pairs, frozen) in tried.items():
         with silenced(model, pairs, frozen):
-            found[name] = evaluate.length_loss(model, dataset, device, count, multiples)
+            found[name] = loss()
     return {
         "lengths": next(iter(found.values()))["lengths"],
         "loss": {name: result["loss"] for name, result in found.items()},
@@ -239,30 +238,25 @@ def silencing(model, dataset, device, count, share=0.25, multiples=(1, 2, 4)):
 # Tables and pictures of several runs.
 
 
-def report_frequencies(opened, device, folder, count=64):
-    """opened: {name: (model, dataset)}, models on the device -> (lines of Markdown, {name: all figures, for JSON}).
+def report_frequencies(opened, device, folder):
+    """opened: {name: (model on the device, windows for `frequencies`, loss for `silencing`)} -> (lines of Markdown,
+    {name: all figures, for JSON}); writes a picture of norms and contributions into `folder`.
 
     Models with the same settings, seeds of one run say, are told together: means over them, with the standard deviation
-    beside each. Prints the lines and writes a picture of each group's norms and contributions into `folder`.
-    `count` windows are read. UserError, before anything is computed, where a run's encoding is no rotation.
+    beside each. UserError, before anything is computed, where a run's encoding is no rotation.
     """
-    import evaluate  # which imports this module
-
-    for model, _ in opened.values():
+    for model, _, _ in opened.values():
         rotation(model)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    results, alike, lines = {}, {}, []
-    for name, (model, dataset) in opened.items():
-        T = model.config.train_length
-        windows = evaluate.long_windows(dataset, T, max(1, T // 4), count)
-        found = {"posenc": model.config.posenc, "train_length": T, "windows": len(windows)}
-        found |= frequencies(model, windows, device) | {"silencing": silencing(model, dataset, device, count)}
-        results[name] = found
+    results, alike = {}, {}
+    for name, (model, windows, loss) in opened.items():
+        results[name] = {
+            "posenc": model.config.posenc, "train_length": model.config.train_length, "windows": len(windows),
+            **frequencies(model, windows, device), "silencing": silencing(model, loss),
+        }  # fmt: skip
         settings = tuple(str(getattr(model.config, field.name)) for field in fields(GPTConfig))
-        alike.setdefault((settings, len(windows), *found["silencing"]["lengths"]), {})[name] = found
-    for group in alike.values():
-        lines += tables(group) + pictures(folder, group)
-    print("\n".join(lines))
+        alike.setdefault((settings, len(windows), *results[name]["silencing"]["lengths"]), {})[name] = results[name]
+    lines = [line for group in alike.values() for line in tables(group) + pictures(folder, group)]
     return lines, {name: plain(found) for name, found in results.items()}
 
 
@@ -279,12 +273,12 @@ def tables(group):
 
 def pair_table(runs):
     """Means over heads and layers, for every pair."""
-    lines = table_head("pair", "wavelength, tokens", "turns in T", *MEASURES.values())
+    rows = []
     for m, turns in enumerate(runs[0]["turns"].tolist()):
         cells = [beside(run[name][..., m].mean() for run in runs) for name in MEASURES]
         wavelength = f"{runs[0]['wavelength'][m]:,.{0 if turns < 1 else 1}f}" if turns else "never turns"
-        lines.append(row(m, wavelength, f"{turns:.3g}", *cells))
-    return lines
+        rows.append([str(m), wavelength, f"{turns:.3g}", *cells])
+    return report.markdown(["pair", "wavelength, tokens", "turns in T", *MEASURES.values()], rows)
 
 
 def layer_table(runs):
@@ -292,13 +286,13 @@ def layer_table(runs):
     P = len(runs[0]["turns"])
     thirds = torch.arange(P).tensor_split(min(3, P))
     spans = [f"pairs {between(part.tolist())}" for part in thirds]
-    lines = table_head("mean over heads", "layer", *spans, "largest pairs")
+    rows = []
     for name, what in MEASURES.items():
         for layer in range(len(runs[0][name])):
             by_pair = torch.stack([run[name][layer].mean(0) for run in runs])  # (runs, P)
             cells = [beside(by_pair[:, part].mean(1)) for part in thirds]
-            lines.append(row(what, layer + 1, *cells, largest(by_pair.abs())))
-    return lines
+            rows.append([what, str(layer + 1), *cells, largest(by_pair.abs())])
+    return report.markdown(["mean over heads", "layer", *spans, "largest pairs"], rows)
 
 
 def largest(by_pair, count=3):
@@ -312,21 +306,12 @@ def largest(by_pair, count=3):
 def silencing_table(runs):
     """Losses as trained, and what they change by where pairs are silenced or frozen."""
     T, found = runs[0]["train_length"], [run["silencing"] for run in runs]
-    lines = table_head("nats per token", *(f"{length / T:g} T" for length in found[0]["lengths"]))
     base = torch.tensor([run["loss"]["as trained"] for run in found])  # (runs, lengths)
-    lines.append(row("as trained", *(beside(loss) for loss in base.T)))
+    rows = [["as trained", *(beside(loss) for loss in base.T)]]
     for name in list(found[0]["loss"])[1:]:
         change = torch.tensor([run["loss"][name] for run in found]) - base
-        lines.append(row(name, *(beside(loss, "+.3f") for loss in change.T)))
-    return lines
-
-
-def table_head(*cells):
-    return [row(*cells), "|---" * len(cells) + "|"]
-
-
-def row(*cells):
-    return "| " + " | ".join(map(str, cells)) + " |"
+        rows.append([name, *(beside(loss, "+.3f") for loss in change.T)])
+    return report.markdown(["nats per token", *(f"{length / T:g} T" for length in found[0]["lengths"])], rows)
 
 
 def beside(values, form=".3f"):
@@ -338,7 +323,7 @@ def beside(values, form=".3f"):
 def pictures(folder, group):
     """Heat maps over pairs, layers and heads of what `frequencies` found, as means over runs alike -> a line that names
     them. The dashed line stands where pairs stop finishing a turn in T."""
-    first, slug = next(iter(group.values())), re.sub(r"[^\w.]+", "-", next(iter(group))).strip("-")
+    name_of_all, first = next(iter(group.items()))
     P, turning, paths = len(first["turns"]), int((first["turns"] >= 1).sum()), []
     of_pairs = {m + 0.5: str(m) for m in range(0, P, math.ceil(P / 16))}
     for name in ("q_norm", "k_norm", "absolute"):
@@ -346,7 +331,7 @@ def pictures(folder, group):
         rows = F.pad(mean, (0, 0, 0, 1), value=math.nan)  # a gap after every layer
         layers, tall = rows.shape[:2]
         of_layers = {layer * tall + (tall - 1) / 2: f"layer {layer + 1}" for layer in range(layers)}
-        paths.append(str(Path(folder) / f"frequencies-{slug}-{name}.png"))
+        paths.append(str(Path(folder) / f"frequencies-{report.slug(name_of_all)}-{name}.png"))
         report.heat(
             paths[-1], rows.flatten(0, 1)[:-1].numpy(), "pair (right of the dashed line: less than one turn in T)",
             MEASURES[name], mark_x=turning if turning < P else None, colours="magma", ticks=(of_pairs, of_layers),

@@ -1,8 +1,8 @@
 """Stretch the context of a finished rope run to four times its length, in a short fine-tune.
 
-    python train.py configs/rope.py
-    python train.py configs/extend.py --posenc='rope(scaling="yarn", factor=4)'
-    python compare.py configs/extend.py ... --common (see the README)
+python train.py configs/rope.py
+python train.py configs/extend.py --posenc='rope(scaling="yarn", factor=4)'
+python compare.py configs/extend.py ... --common (see the README)
 """
 
 init_from = "out/rope"

@@ -47,11 +47,19 @@ def command(corpus, tmp_path):
     settings |= {"text": corpus, "data_dir": corpus.parent / "data", "max_steps": 40, "length_targets": 0}
     (tmp_path / "shared.py").write_text("checkpoint_interval = 2\n")
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    flags += [f"--common={tmp_path}/shared.py", "--targets=4", "--seeds=2", "--jobs=2", f"--out_dir={tmp_path}/out"]
+    flags += [
+        f"--common={tmp_path}/shared.py",
+        f"--docs={tmp_path}",
+        "--targets=4",
+        "--seeds=2",
+        "--jobs=2",
+        f"--out_dir={tmp_path}/out",
+    ]
     return ["rope", "none", *flags, "--device=cpu"]
 
 
 def test_a_killed_comparison_goes_on_where_it_was(command, tmp_path, run_script, call_script):
+    (tmp_path / "results.md").write_text("before\n<!-- out -->\n<!-- /out -->\nafter\n")
     words, out = [sys.executable, str(ROOT / "compare.py"), *map(str, command)], tmp_path / "out"
     process = subprocess.Popen(words, env=ENV, start_new_session=True, stderr=subprocess.DEVNULL)
     while not list(out.glob("*/ckpt.pt")):
@@ -75,6 +83,8 @@ def test_a_killed_comparison_goes_on_where_it_was(command, tmp_path, run_script,
     assert "commit" in saved["made"]
     page = (out / "results.md").read_text()
     assert all(word in page for word in ("| none | less rope |", "seed 1338", "holds to", "Made by `python compare.py"))
+    assert (tmp_path / "results.md").read_text() == "before\n<!-- out -->\n" + page + "<!-- /out -->\nafter\n"
+    assert (tmp_path / "out.png").read_bytes() == (out / "length.png").read_bytes()
     for picture in ("length.png", "position.png", "attention.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     # Paired: the weights that both have start alike, and the runs of two seeds do not.
@@ -121,7 +131,7 @@ def test_mistakes_are_one_line(call_script, tmp_path, trained):
         ([], "which configs"),
         (["rpe"], "did you mean 'rope'"),
         (["nowhere.py"], "no config file nowhere.py"),
-        (["rope", "rope"], "named"),
+        (["rope", "rope"], "two are called"),
         (["rope", "--posenc=none"], "--posenc"),
         (["rope", "--seeds=0"], "at least 1"),
         (["rope", "--common=nowhere.py"], "no config file nowhere.py"),

@@ -1,5 +1,6 @@
 """What attention does inside, against the model's own computation and answers that are known."""
 
+import functools
 import json
 import math
 
@@ -292,9 +293,13 @@ def test_an_error_within_leaves_the_model_as_it_was():
     assert torch.equal(model(tokens), before)
 
 
+def loss_of(model, source):
+    return functools.partial(evaluate.length_loss, model, source, CPU, 4, (1, 2, 4))
+
+
 def test_silencing_scores_as_the_evaluation_does():
     model, source = make(n_kv_head=4), dataset()
-    found = inside.silencing(model, source, CPU, 4)
+    found = inside.silencing(model, loss_of(model, source))
     assert found["lengths"] == [16, 32, 64]
     assert list(found["loss"]) == [
         "as trained", "fastest 25%, silenced: pairs 0", "fastest 25%, frozen: pairs 0",
@@ -323,20 +328,19 @@ def test_silencing_scores_as_the_evaluation_does():
     ],
 )
 def test_other_encodings_are_refused_in_one_line_before_any_work(spec, said, tmp_path):
-    opened = {"good": (make(), None), "other": (make(spec), None)}
+    opened = {"good": (make(), None, None), "other": (make(spec), None, None)}
     with pytest.raises(UserError, match=said) as refused:
         inside.report_frequencies(opened, CPU, tmp_path / "pictures")
     assert "--frequencies looks at rotations" in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "pictures").exists()
 
 
-def test_runs_alike_are_told_together_with_their_deviation(tmp_path, capsys):
+def test_runs_alike_are_told_together_with_their_deviation(tmp_path):
     source = dataset()
-    opened = {
-        "a": (make(seed=1), source), "b": (make("rope(dims=4)"), source), "out/c": (make(seed=2), source),
-    }  # fmt: skip
-    lines, found = inside.report_frequencies(opened, CPU, tmp_path / "pictures", count=4)
-    assert capsys.readouterr().out == "\n".join(lines) + "\n"
+    windows = evaluate.long_windows(source, T, 4, 4)
+    models = {"a": make(seed=1), "b": make("rope(dims=4)"), "out/c": make(seed=2)}
+    opened = {name: (model, windows, loss_of(model, source)) for name, model in models.items()}
+    lines, found = inside.report_frequencies(opened, CPU, tmp_path / "pictures")
     assert list(json.loads(json.dumps(found, allow_nan=False))) == ["a", "b", "out/c"]
     assert found["b"]["wavelength"][2:] == [None, None]
     assert found["a"]["unfinished"] == [False, True, True, True]
