@@ -143,7 +143,9 @@ class Workers:
             try:
                 done = concurrent.futures.as_completed(keys)
                 return {keys[one]: one.result() for one in tqdm(done, "runs", len(keys), disable=None, unit="")}
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    tqdm.write("stopping; the same command goes on from there", file=sys.stderr)
                 self.stopped.set()
                 for process in list(self.running):
                     process.terminate()
@@ -222,14 +224,14 @@ def ratio_table(results):
     return evaluate.at_multiples(["perplexity / perplexity at T"], rows)
 
 
-def before_training(workers, out, found, T, *flags):
+def before_training(workers, out, bases, every, T, *flags):
     """{title: function that measures}: the runs that others go on from, as they are, under a window, and with every
-    encoding that goes on from them laid over, untrained."""
-    jobs, configs_ = {}, [one.config(0, out) for one in found]
-    for base in dict.fromkeys(config.init_from for config in configs_ if config.init_from):
-        state, name = runs.load(base), Path(base).name
+    encoding that goes on from them laid over, untrained. bases: {path: checkpoint}."""
+    jobs = {}
+    for base, state in bases.items():
+        name = Path(base).name
         ways = {f"{name} as it is": [], f"{name} under a window of T": [f"--window={T}", f"--sinks={SINKS}"]}
-        for one, config in zip(found, configs_, strict=True):
+        for one, config in every:
             if config.init_from == base and config.posenc != state["config"]["posenc"]:
                 ways[f"{one.name} untrained"] = [f"--posenc={config.posenc}"]
         for title, more in ways.items():
@@ -251,14 +253,14 @@ def main(argv):
         raise UserError(f"{out} holds a run; choose another folder with --out_dir")
     device = devices.choose(options.device).device
     every = [(one, one.config(seed, out)) for seed in seeds for one in found]
-    T = min(config.original_length or config.train_length for _, config in every)
+    bases = {config.init_from: runs.load(config.init_from) for _, config in every if config.init_from}
+    lengths = [config.original_length or config.train_length for _, config in every]
+    T = min(lengths + [state["config"]["train_length"] for state in bases.values()])
     (out / "logs").mkdir(parents=True, exist_ok=True)
 
-    workers, flags = (
-        Workers(options.jobs, device, out / "logs"),
-        (f"--targets={options.targets}", f"--train_length={T}"),
-    )
-    jobs = before_training(workers, out, found, T, *flags)
+    workers = Workers(options.jobs, device, out / "logs")
+    flags = f"--targets={options.targets}", f"--train_length={T}"
+    jobs = before_training(workers, out, bases, every, T, *flags)
     untrained = list(jobs)
     for one, config in every:
         jobs[one.name, config.seed] = functools.partial(trained, workers, config, one.argv, *flags)
