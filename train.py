@@ -75,10 +75,11 @@ def resume(config, out, dataset, encoding):
     if not any((out / name).exists() for name in (runs.CKPT, runs.PREVIOUS)):
         return None
     state = runs.load(out)
-    old, new = state["config"], runs.plain(config)
-    differ = [key for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]
+    # A run from before a setting existed has its default.
+    old, new = runs.plain(runs.config_of(state)), runs.plain(config)
+    differ = [key for key in new if key not in MAY_CHANGE and old[key] != new[key]]
     if differ:
-        said = ", ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in differ)
+        said = ", ".join(f"{key} was {old[key]!r} and is now {new[key]!r}" for key in differ)
         raise UserError(
             f"{out} holds a run with other settings: {said}. Start another with --out_dir, or set them back"
         )

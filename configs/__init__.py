@@ -18,6 +18,7 @@ from errors import UserError
 from model import GPTConfig, require
 from posenc import nearest
 
+Dataset = Literal["python", "shakespeare", "wikitext2", "ptb", "fineweb", "text"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -28,8 +29,10 @@ class Config(GPTConfig):
     usage: ClassVar[str] = "python train.py [configs/FILE.py ...] [--key=value ...]"
 
     # what it learns from
-    dataset: Literal["python", "shakespeare", "text"] = "python"  # the corpus; 'text' is your own, named with --text
+    dataset: Dataset = "python"  # the corpus; 'text' is your own, named with --text
     text: str | list = ""  # your file or folder, for dataset = "text"; several: --text='["a.txt", "b/"]'
+    packages: bool = False  # python data set: also the source of site-packages
+    shards: int = 1  # fineweb data set: files of 100 million tokens each, 1 to 9
     tokenizer: str = "bytes"  # bytes, bpe (4,096 tokens, shipped), a tiktoken name such as gpt2, or a .tiktoken file
     data_dir: str = "data"  # token files go to its tokens/, downloads to its raw/
     seed: int = 1337  # of initial weights, batches and dropout
@@ -69,6 +72,7 @@ class Config(GPTConfig):
             "max_steps",
             "batch_size",
             "segments",
+            "shards",
             "eval_interval",
             "eval_tokens",
             "log_interval",
@@ -85,6 +89,8 @@ class Config(GPTConfig):
         require(levels, "warmup and decay must not exceed 1 together")
         require(isinstance(self.text, str) or all(isinstance(path, str) for path in self.text), "text must list paths")
         require(bool(self.text) == (self.dataset == "text"), "--text=PATH and --dataset=text go together")
+        require(not self.packages or self.dataset == "python", "--packages goes with --dataset=python")
+        require(self.shards == 1 or self.dataset == "fineweb", "--shards goes with --dataset=fineweb")
         require(self.segments == 1 or not self.length_schedule, "segments and length_schedule exclude each other")
         if self.length_schedule:
             starts, lengths = list(self.length_schedule), list(self.length_schedule.values())

@@ -20,10 +20,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import python, shakespeare, text, tokenizer
+from data import fineweb, ptb, python, shakespeare, text, tokenizer, wikitext2
 from errors import UserError
 
-SOURCES = {"python": python, "shakespeare": shakespeare, "text": text}
+SOURCES = {
+    "python": python,
+    "shakespeare": shakespeare,
+    "wikitext2": wikitext2,
+    "ptb": ptb,
+    "fineweb": fineweb,
+    "text": text,
+}
 SPLITS = ("train", "val")
 FORMAT = 1  # of the token folders; raise it when they change
 

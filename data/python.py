@@ -1,4 +1,5 @@
-"""dataset = "python": the source of the standard library of the running Python. Real text, on every machine."""
+"""dataset = "python": the source of the standard library of the running Python. Real text, on every machine. With
+--packages the source of what is installed beside it too."""
 
 import hashlib
 import sysconfig
@@ -7,27 +8,46 @@ from pathlib import Path
 from data import text
 from errors import UserError
 
-# Tests, which some systems do not install, and tables that programs wrote.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+# Tests, which some systems do not install, tables that programs wrote, and packages' copies of other packages.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "_vendor"}
+
+
+def modules(folder):
+    """Sorted paths of the modules below a folder."""
+    files = sorted(file for file in folder.rglob("*.py") if not LEFT_OUT & set(file.relative_to(folder).parts))
+    return [file for file in files if file.is_file() and file.stat().st_size]
 
 
 def stdlib_files():
     """Sorted paths of the standard library's modules."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(file for file in folder.rglob("*.py") if not LEFT_OUT & set(file.relative_to(folder).parts))
+    files = modules(folder)
     if not files:
         raise UserError(f"no source of the standard library in {folder}; use --dataset=shakespeare or --text=FILE")
-    return [file for file in files if file.stat().st_size]
+    return files
+
+
+def sources(config):
+    """[(folder, module below it)] of the standard library, then of the packages if they are asked for."""
+    paths = sysconfig.get_paths()
+    found = [(Path(paths["stdlib"]), file) for file in stdlib_files()]
+    for folder in {paths["purelib"]: 0, paths["platlib"]: 0} if config.packages else ():  # mostly the same one
+        found += [(Path(folder), file) for file in modules(Path(folder))]
+    return found
 
 
 def signature(config):
-    return [(file.name, file.stat().st_size) for file in stdlib_files()]
+    return [(file.name, file.stat().st_size) for _, file in sources(config)]
 
 
 def documents(config):
     """Yields (split, text). A file's own name decides its split, so Python versions nearly agree on it."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    for file in stdlib_files():
-        name = file.relative_to(folder).as_posix()
-        held_out = hashlib.sha256(name.encode()).digest()[0] < 256 * text.HELD_OUT
-        yield "val" if held_out else "train", text.read(file)
+    for folder, file in sources(config):
+        try:
+            content = text.read(file)
+        except UserError:  # a package's own encoding is no mistake of the user's
+            if not config.packages:
+                raise
+            continue
+        held_out = hashlib.sha256(file.relative_to(folder).as_posix().encode()).digest()[0] < 256 * text.HELD_OUT
+        yield "val" if held_out else "train", content

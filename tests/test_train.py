@@ -302,6 +302,15 @@ def test_a_changed_config_names_the_keys(copy, refuse):
     refuse(copy, r"learning_rate was 0.006 and is now 0.1.*--out_dir", learning_rate=0.1)
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(copy, corpus, refuse):
+    old = torch.load(copy / "ckpt.pt", weights_only=True)
+    del old["config"]["shards"], old["config"]["momentum"]
+    torch.save(old, copy / "ckpt.pt")
+    refuse(copy, "momentum was 0.95 and is now 0.5", momentum=0.5)
+    run(corpus, copy, max_steps=26)
+    assert state(copy)["step"] == 26 and state(copy)["config"]["shards"] == 1
+
+
 def test_more_steps_may_be_asked_for(copy, corpus):
     run(corpus, copy, max_steps=26, checkpoint_interval=13)
     assert state(copy)["step"] == 26
