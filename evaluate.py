@@ -21,13 +21,19 @@ from tqdm import tqdm
 
 import data
 import device as devices
+import probes
 import report
 import runs
 from configs import flags, make
+from data import tasks
 from errors import UserError, run
 from model import Cache, require
 
 MULTIPLES = (0.5, 1, 1.5, 2, 4, 8)  # of the training length
+KINDS = {  # what length.json may hold: its name in a table, its form there, and its axis in a picture
+    "exact": ("exact match", ".1%", "exact match"),
+    "loss": ("nats per token", ".3f", "loss (nats per token)"),
+}
 
 
 @torch.inference_mode()
@@ -41,6 +47,7 @@ def validation_loss(model, windows, token_bytes, device, rows):
     for x, y in zip(batches(inputs, rows), batches(targets, rows), strict=True):
         with device.autocast():
             nats += model(x.to(device.device), y.to(device.device)).cpu().double().sum().item()
+    targets = targets[targets >= 0]
     nats, tokens, size = device.sum(nats, targets.size, float(token_bytes[targets].sum()))
     return nats / tokens, nats / size / math.log(2)
 
@@ -107,25 +114,37 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, budget=1 << 
     }
 
 
+def measure(model, dataset, device, count):
+    """What a run closes with, and length.json holds: exact match for a task, else loss against context."""
+    return (probes.exact_match if dataset.masks else length_loss)(model, dataset, device, count)
+
+
+def kind(results):
+    """The key of KINDS that all of the results are about, and its value."""
+    return next((key, value) for key, value in KINDS.items() if all(key in result for result in results.values()))
+
+
 def table(results):
-    """{name: length_loss's result} -> lines of a Markdown table, losses in nats per token at multiples of T."""
+    """{name: length_loss's result, or exact_match's} -> lines of a Markdown table: losses in nats per token, or shares
+    of examples, at multiples of T."""
+    key, (what, form, _) = kind(results)
     multiples = sorted({length / r["train_length"] for r in results.values() for length in r["lengths"]})
     windows = " or ".join(str(count) for count in sorted({r["windows"] for r in results.values()}))
-    lines = [f"| nats per token, {windows} windows | " + " | ".join(f"{multiple:g} T" for multiple in multiples) + " |"]
+    lines = [f"| {what}, {windows} windows | " + " | ".join(f"{multiple:g} T" for multiple in multiples) + " |"]
     lines.append("|---" * (len(multiples) + 1) + "|")
     for name, result in results.items():
-        loss = {
-            length / result["train_length"]: loss
-            for length, loss in zip(result["lengths"], result["loss"], strict=True)
+        found = {
+            length / result["train_length"]: value for length, value in zip(result["lengths"], result[key], strict=True)
         }
-        cells = [f"{loss[multiple]:.3f}" if multiple in loss else "no position" for multiple in multiples]
+        cells = [format(found[multiple], form) if multiple in found else "no position" for multiple in multiples]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
 def picture(path, results):
-    series = {name: ([length / r["train_length"] for length in r["lengths"]], r["loss"]) for name, r in results.items()}
-    report.lines(path, series, "context / training length", "loss (nats per token)", log_x=True, mark_x=1)
+    key, (_, _, label) = kind(results)
+    series = {name: ([length / r["train_length"] for length in r["lengths"]], r[key]) for name, r in results.items()}
+    report.lines(path, series, "context / training length", label, log_x=True, mark_x=1)
 
 
 @dataclass
@@ -154,6 +173,8 @@ def main(argv):
     opened_runs = [runs.open_run(path) for path in paths]  # all of them first: a mistake comes before the work
     if len({opened.config.tokenizer for opened in opened_runs}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
+    if len({opened.config.dataset in tasks.TASKS for opened in opened_runs}) > 1:
+        raise UserError("some of these runs learned a task and some a text: exact match and loss do not compare them")
     results, seeds = {}, []
     for path, opened in zip(paths, opened_runs, strict=True):
         config, device = opened.config, devices.choose(options.device, opened.config.dtype)
@@ -162,7 +183,7 @@ def main(argv):
         if dataset.meta["data_checksum"] != opened.data_checksum:
             raise UserError(f"the corpus of {path} is not the one here ({dataset.folder}); name another --data_dir")
         name = Path(path).name if len({Path(one).name for one in paths}) == len(paths) else path
-        results[name] = length_loss(opened.model.to(device.device), dataset, device, options.targets)
+        results[name] = measure(opened.model.to(device.device), dataset, device, options.targets)
         seeds.append(config.seed)
     lines = table(results)
     print("\n".join(lines))

@@ -29,13 +29,17 @@ def lines(path, series, x_label, y_label, log_x=False, mark_x=None, dpi=150):
     save(path, draw, x_label, y_label, mark_x, dpi)
 
 
-def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None, dpi=150):
-    """rows (N, M) -> a PNG at `path` of M columns, which lie `scale` apart."""
+def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None, dpi=150, limits=(-2, 2), ticks=None):
+    """rows (N, M) -> a PNG at `path` of M columns, which lie `scale` apart. limits: the values that are all red and all
+    blue. ticks: names of the columns, and of the rows."""
 
     def draw(figure, axes):
         extent = (0, rows.shape[1] * scale, rows.shape[0], 0)
-        image = axes.imshow(rows, aspect="auto", cmap="RdBu", extent=extent, vmin=-2, vmax=2, interpolation="nearest")
+        image = axes.imshow(rows, aspect="auto", cmap="RdBu", extent=extent, interpolation="nearest")
+        image.set_clim(*limits)
         figure.colorbar(image, ax=axes)
+        for axis, names, apart in zip((axes.xaxis, axes.yaxis), ticks or (), (scale, 1), strict=False):
+            axis.set_ticks([(index + 0.5) * apart for index in range(len(names))], names)
 
     save(path, draw, x_label, y_label, mark_x, dpi)
 

@@ -18,6 +18,7 @@ from errors import UserError
 from model import GPTConfig, require
 from posenc import nearest
 
+Data = Literal["python", "shakespeare", "text", "copy", "reverse", "recall", "addition", "passkey"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -28,7 +29,7 @@ class Config(GPTConfig):
     usage: ClassVar[str] = "python train.py [configs/FILE.py ...] [--key=value ...]"
 
     # what it learns from
-    dataset: Literal["python", "shakespeare", "text"] = "python"  # the corpus; 'text' is your own, named with --text
+    dataset: Data = "python"  # the corpus ('text' is your own, named with --text), or a task of data/tasks.py
     text: str | list = ""  # your file or folder, for dataset = "text"; several: --text='["a.txt", "b/"]'
     tokenizer: str = "bytes"  # bytes, bpe (4,096 tokens, shipped), a tiktoken name such as gpt2, or a .tiktoken file
     data_dir: str = "data"  # token files go to its tokens/, downloads to its raw/

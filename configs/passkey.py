@@ -1,0 +1,10 @@
+"""Finding a pass key in up to four other sentences."""
+
+dataset = "passkey"
+train_length = 128
+n_layer = 2
+n_head = 4
+n_embd = 128
+batch_size = 32
+max_steps = 500
+eval_interval = 100
