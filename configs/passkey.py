@@ -6,5 +6,6 @@ n_layer = 2
 n_head = 4
 n_embd = 128
 batch_size = 32
-max_steps = 500
+max_steps = 400
+learning_rate = 3e-3
 eval_interval = 100
