@@ -25,7 +25,6 @@ import probes
 import report
 import runs
 from configs import flags, make
-from data import tasks
 from errors import UserError, run
 from model import Cache, require
 
@@ -173,7 +172,7 @@ def main(argv):
     opened_runs = [runs.open_run(path) for path in paths]  # all of them first: a mistake comes before the work
     if len({opened.config.tokenizer for opened in opened_runs}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
-    if len({opened.config.dataset in tasks.TASKS for opened in opened_runs}) > 1:
+    if len({opened.config.dataset in data.tasks.TASKS for opened in opened_runs}) > 1:
         raise UserError("some of these runs learned a task and some a text: exact match and loss do not compare them")
     results, seeds = {}, []
     for path, opened in zip(paths, opened_runs, strict=True):

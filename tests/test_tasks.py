@@ -163,14 +163,14 @@ def test_every_row_has_a_seed_of_its_own_and_validation_has_none_of_trainings(mo
     """Also for seeds that numpy would run together: 2**32 is (0, 1) to it, and [1] is [1, 0]."""
     task, drawn, make = task_of("copy"), [], np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: (drawn.append(seed), make(seed))[1])
-    for seed in (0, 1, 2**32, 2**64, 2**32 + 1):
+    for seed in (0, 1, 10, 2**32, 2**64, 2**32 + 1):
         for phase in (0, 1):
             for step in (0, 1):
                 task.batch(T, 8, (seed, phase), step)
     task.validation(T, 8)
     task.validation(2 * T, 8)
     task.examples(T, 8)
-    assert len(drawn) == len(set(drawn)) == 5 * 2 * 2 * 8 + 3 * 8
+    assert len(drawn) == len(set(drawn)) == 6 * 2 * 2 * 8 + 3 * 8
 
 
 # Settings.
