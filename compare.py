@@ -173,9 +173,9 @@ def trained(workers, config, argv, *flags):
     """Train a run, or go on with it, and measure it -> evaluate.py's result."""
     folder = Path(config.out_dir)
     apart = train.MAY_CHANGE - {"max_steps"} | {"vocab_size"}  # the tokenizer fills that in
+    before = runs.config_of({"config": runs.read_json(folder / "config.json")})
     saved, wanted = (
-        {key: value for key, value in settings.items() if key not in apart}
-        for settings in (runs.read_json(folder / "config.json"), runs.plain(config))
+        {key: value for key, value in runs.plain(one).items() if key not in apart} for one in (before, config)
     )
     if saved != wanted or not (folder / "reach" / "length.json").exists():
         workers.call(folder.name, "train.py", *argv, f"--seed={config.seed}", f"--out_dir={folder}")
@@ -268,7 +268,7 @@ def main(argv):
 
     by_seed = {one.name: [results[one.name, seed] for seed in seeds] for one in found}
     means = {title: results[title] for title in untrained} | {name: mean(many) for name, many in by_seed.items()}
-    key = "exact" if "exact" in next(iter(means.values())) else "loss"
+    key = evaluate.headline(means)
     lines = [*evaluate.tables(means), "", *seeds_table(by_seed, seeds, key)]
     if key == "loss":
         lines += ["", *ratio_table(means)]
@@ -287,7 +287,7 @@ def main(argv):
         report.write_table(folder / "results.md", out.name, lines, command, device, seeds=", ".join(map(str, seeds)))
     if options.docs:
         shutil.copy(out / "length.png", Path(options.docs) / f"{out.name}.png")
-    print("\n".join(evaluate.table(means, key)))
+    print("\n".join(evaluate.table(means)))
     print(f"all of it: {out}/results.md, results.json, length.png")
 
 

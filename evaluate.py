@@ -30,10 +30,11 @@ from tqdm import tqdm
 import data
 import device as devices
 import inside
+import probes
 import report
 import runs
 from configs import flags, make
-from data import tokenizer
+from data import tasks, tokenizer
 from errors import UserError, run
 from model import Cache, require
 
@@ -53,6 +54,7 @@ def validation_loss(model, windows, token_bytes, device, rows):
     for x, y in zip(batches(inputs, rows), batches(targets, rows), strict=True):
         with device.autocast():
             nats += model(x.to(device.device), y.to(device.device)).cpu().double().sum().item()
+    targets = targets[targets >= 0]
     nats, tokens, size = device.sum(nats, targets.size, float(token_bytes[targets].sum()))
     return nats / tokens, nats / size / math.log(2)
 
@@ -182,9 +184,24 @@ def usual_losses(model, dataset, token_bytes, device, count, multiples=MULTIPLES
     return found
 
 
+def summary(model, dataset, device, count):
+    """What a run closes with: loss against context up to 8 T; for a task exact match, by depth too for a pass key."""
+    if not dataset.masks:
+        return length_loss(model, dataset, device, count, MULTIPLES[:-1])
+    result = probes.exact_match(model, dataset, device, count)
+    if dataset.name == "passkey":
+        result["map"] = probes.passkey_map(model, dataset, device, max(1, count // 4))
+    return result
+
+
 def measure(model, dataset, encoding, device, count, T=0, **reading):
-    """All of it, with count windows of targets -> a result: see length_loss, usual_losses and inside.attention."""
+    """All of it, with count windows of targets -> a result: see length_loss, usual_losses and inside.attention; or, for
+    a task, `summary`."""
     T = T or model.config.train_length
+    if dataset.masks:
+        if model.config.train_length != T or any(reading.values()):
+            raise UserError("tasks are read as they were trained: leave out --train_length, --window and --log_n")
+        return summary(model, dataset, device, count)
     result = length_loss(model, dataset, device, count, T=T, **reading)
     few = max(1, count // 8)  # each of them has 64 times as many tokens as a window has targets
     result |= usual_losses(model, dataset, tokenizer.byte_lengths(encoding), device, few, T=T, **reading)
@@ -209,7 +226,7 @@ def holds_to(result):
 # key: (what stands above its table, the numbers for every length from a result, how they are written)
 TABLES = {
     "exact": ("exact match", lambda r: r["exact"], "{:.1%}"),
-    "loss": ("nats per token, same targets", lambda r: r["loss"], "{:.3f}"),
+    "loss": ("nats per token", lambda r: r["loss"], "{:.3f}"),
     "non_overlapping": ("perplexity, windows apart", lambda r: map(math.exp, r["non_overlapping"]), "{:.2f}"),
     "sliding": ("perplexity, windows sliding by L/2", lambda r: map(math.exp, r["sliding"]), "{:.2f}"),
     "bits_per_byte": ("bits per byte, windows apart", lambda r: r["bits_per_byte"], "{:.3f}"),
@@ -242,15 +259,21 @@ def at_multiples(heads, rows, extra=()):
     )
 
 
-def table(results, key="loss"):
-    """{name: result} -> lines of a Markdown table: one of the TABLES at multiples of T."""
+def headline(results):
+    """The key of the TABLES that results are about first of all."""
+    return "exact" if all(has(result, "exact") for result in results.values()) else "loss"
+
+
+def table(results, key=None):
+    """{name: result} -> lines of a Markdown table: one of the TABLES at multiples of T, by default the headline."""
+    key = key or headline(results)
     title, _, form = TABLES[key]
     rows = {(name,): {m: form.format(x) for m, x in by_multiple(r, key).items()} for name, r in results.items()}
-    if key != "loss":
+    if key not in ("exact", "loss"):
         return at_multiples([title], rows)
     windows = " or ".join(str(count) for count in sorted({result["windows"] for result in results.values()}))
     held = {(name,): f"{at:g} T" if (at := holds_to(result)) else "" for name, result in results.items()}
-    return at_multiples([f"{title} of {windows} windows"], rows, ("holds to", held))
+    return at_multiples([f"{title}, {windows} windows"], rows, ("holds to", held) if key == "loss" else ())
 
 
 def tables(results):
@@ -266,9 +289,8 @@ def curve(result, key):
 
 def picture(path, results, seeds=()):
     """Loss, or exact match, against the length of the context. seeds: {name: [result of each]}, drawn as bands."""
-    key, label = ("loss", "loss (nats per token)")
-    if all(has(result, "exact") for result in results.values()):
-        key, label = "exact", "exact match"
+    key = headline(results)
+    label = {"exact": "exact match", "loss": "loss (nats per token)"}[key]
     series = {name: curve(result, key) for name, result in results.items()}
     for name in seeds:
         columns = list(zip(*(curve(result, key)[1] for result in seeds[name]), strict=True))
@@ -281,6 +303,9 @@ def pictures(folder, results, seeds=()):
     picture(folder / "length.png", results, seeds)
     places, spread = {}, {}
     for name, result in results.items():
+        if "map" in result:
+            file = f"passkey-{report.slug(name)}.png" if len(results) > 1 else "passkey.png"
+            probes.picture_map(folder / file, result["map"])
         if "by_position" in result:
             loss = result["by_position"]["loss"]
             places[name] = [p / result["train_length"] for p in result["by_position"]["position"]], loss
@@ -340,6 +365,7 @@ def open_dataset(opened, options):
         names = ", ".join(name for name in data.SOURCES if name != "text")
         raise UserError(f"--data={options.data} is neither a file or folder nor one of {names}")
     other = dict(dataset=options.data, text="") if known else dict(dataset="text", text=options.data)
+    other |= dict(packages=False, shards=1)
     return data.open_dataset(dataclasses.replace(config, **other), opened.encoding)
 
 
@@ -378,6 +404,8 @@ def main(argv):
     opened_runs = {n: runs.open_run(path, override=options.posenc) for n, path in zip(names, paths, strict=True)}
     if len({opened.config.tokenizer for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
+    if len({opened.config.dataset in tasks.TASKS for opened in opened_runs.values()}) > 1:
+        raise UserError("some of these runs learned a task and some a text: exact match and loss do not compare them")
     datasets = {name: open_dataset(opened, options) for name, opened in opened_runs.items()}
     device = devices.choose(options.device, opened_runs[names[0]].config.dtype)
     for opened in opened_runs.values():

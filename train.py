@@ -162,10 +162,10 @@ def train(config, device):
         log.say(why_not)
     if device.world > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.device] if device.device.type == "cuda" else None)
-    windows = data.even_windows(dataset.val, config.train_length, max(1, config.eval_tokens // config.train_length))
+    windows = dataset.validation(config.train_length, max(1, config.eval_tokens // config.train_length))
     token_bytes, parameters = tokenizer.byte_lengths(encoding), sum(p.numel() for p in model.parameters())
     log.say(
-        f"{out}: {parameters / 1e6:.2f} M parameters, {config.posenc}, {len(dataset.train):,} training tokens "
+        f"{out}: {parameters / 1e6:.2f} M parameters, {config.posenc}, {dataset.size} training tokens "
         f"({config.dataset}, {config.tokenizer}), {device.world} x {devices.describe(device.device)}, "
         f"{device.dtype_name}"
     )
@@ -178,7 +178,8 @@ def train(config, device):
         # Shorter windows are more of them, and windows of several segments fewer.
         rows, mine, at_once = (n * config.train_length // length for n in (config.batch_size, share, micro))
         part = slice(device.rank * mine, (device.rank + 1) * mine)
-        inputs, targets = data.batch(dataset.train, length, rows, (config.seed, phase), step - first, part)
+        inputs, targets = dataset.batch(length, rows, (config.seed, phase), step - first, part)
+        scored = device.sum(int((targets >= 0).sum()))[0] if dataset.masks else rows * length  # of all processes
         torch.manual_seed(derive_seed(config.seed, step, device.rank))  # dropout
         model.redraw(length, derive_seed(config.seed, step))
         model.train()
@@ -190,7 +191,7 @@ def train(config, device):
             with forward.no_sync() if device.world > 1 and not last else nullcontext():
                 with device.autocast():
                     losses = forward(x, y, segments=config.segments)
-                    part_loss = losses.sum() / (rows * length)  # a share of the mean over the whole step
+                    part_loss = losses.sum() / scored  # a share of the mean over the whole step
                 # DDP averages gradients over the processes, where ours are parts of one sum.
                 scaler.scale(part_loss * device.world).backward()
             loss += part_loss.detach()
@@ -261,19 +262,22 @@ def close(model, config, dataset, device, log, step):
     out = Path(config.out_dir)
     if config.length_targets and runs.read_json(out / "length.json").get("step") != step:
         model.eval()
-        result = evaluate.length_loss(model, dataset, device, config.length_targets, evaluate.MULTIPLES[:-1])
+        result = evaluate.summary(model, dataset, device, config.length_targets)
         if device.main:
             made = {"step": step, "seed": config.seed} | report.provenance(device.device)
             runs.write_json(out / "length.json", result | made)
-            evaluate.picture(out / "length.png", {out.name: result})
+            evaluate.pictures(out, {out.name: result})
             log.say("\n".join(evaluate.table({out.name: result})))
     if device.main:
         log.draw()
-        tokens = max(1, min(8 * config.train_length, model.max_length - 8))
-        prompt = ' --prompt="def "' if config.dataset == "python" else ""
-        # With segments it learned to have that much behind it.
-        window = f" --window={config.train_length}" if config.segments > 1 else ""
-        log.say(f"next: python sample.py {out}{prompt} --tokens={tokens}{window}")
+        prompt, tokens = "", max(1, min(8 * config.train_length, model.max_length - 8))
+        more = f" --window={config.train_length}" if config.segments > 1 else ""  # it learned to have so much behind it
+        if config.dataset == "python":
+            prompt = "def "
+        if dataset.masks:
+            (prompt, tokens), more = dataset.prompt(config.train_length), " --temperature=0 --stop"
+        prompt = f' --prompt="{prompt}"' if prompt else ""
+        log.say(f"next: python sample.py {out}{prompt} --tokens={tokens}{more}")
 
 
 def main(argv):

@@ -18,7 +18,9 @@ from errors import UserError
 from model import GPTConfig, require
 from posenc import nearest
 
-Dataset = Literal["python", "shakespeare", "wikitext2", "ptb", "fineweb", "text"]
+Dataset = Literal[
+    "python", "shakespeare", "wikitext2", "ptb", "fineweb", "text", "copy", "reverse", "recall", "addition", "passkey"
+]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -29,7 +31,7 @@ class Config(GPTConfig):
     usage: ClassVar[str] = "python train.py [configs/FILE.py ...] [--key=value ...]"
 
     # what it learns from
-    dataset: Dataset = "python"  # the corpus; 'text' is your own, named with --text
+    dataset: Dataset = "python"  # the corpus ('text' is your own, named with --text), or a task of data/tasks.py
     text: str | list = ""  # your file or folder, for dataset = "text"; several: --text='["a.txt", "b/"]'
     packages: bool = False  # python data set: also the source of site-packages
     shards: int = 1  # fineweb data set: files of 100 million tokens each, 1 to 9

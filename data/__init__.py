@@ -6,6 +6,8 @@ A data set is a module with `signature(config)`, a value that changes when its t
     data/tokens/<dataset>-<tokenizer>-<key>/train.bin  val.bin  meta.json
 
 of little-endian uint16 or uint32 ids, memory-mapped. Every document ends with the end-of-text token.
+
+The synthetic tasks of data/tasks.py have the same methods and no files.
 """
 
 import functools
@@ -16,11 +18,12 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
-from data import fineweb, ptb, python, shakespeare, text, tokenizer, wikitext2
+from data import fineweb, ptb, python, shakespeare, tasks, text, tokenizer, wikitext2
 from errors import UserError
 
 SOURCES = {
@@ -41,6 +44,17 @@ class Dataset:
     val: np.ndarray
     meta: dict  # see `prepare`
     folder: Path
+    masks: ClassVar[bool] = False  # every token is a target
+
+    @property
+    def size(self):
+        return f"{len(self.train):,}"
+
+    def batch(self, length, count, key, step, part=slice(None)):
+        return batch(self.train, length, count, key, step, part)
+
+    def validation(self, length, count):
+        return even_windows(self.val, length, count)
 
     def documents(self, split):
         """(documents + 1,) int64: where each document of the split begins, and where the last one ends."""
@@ -48,11 +62,13 @@ class Dataset:
 
 
 def open_dataset(config, encoding):
-    """The token files of config.dataset under the tokenizer `encoding`, prepared if they are missing.
+    """The token files of config.dataset under the tokenizer `encoding`, prepared if they are missing; or its task.
 
     UserError for text that cannot be had or read, for token files that are damaged or not this tokenizer's, and for a
     text shorter than one window.
     """
+    if config.dataset in tasks.TASKS:
+        return tasks.Task(config, encoding)
     source, fingerprint = SOURCES[config.dataset], tokenizer.fingerprint(encoding)
     key = hashlib.sha256(repr((FORMAT, source.signature(config), fingerprint)).encode()).hexdigest()[:8]
     folder = Path(config.data_dir) / "tokens" / f"{config.dataset}-{Path(config.tokenizer).stem}-{key}"

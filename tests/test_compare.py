@@ -26,7 +26,7 @@ def test_means_and_paired_differences():
         "learned": [result(3.0, 1.1), result(3.0, 2.4), result(3.0, 3.1)],
     }
     lines = compare.seeds_table(results, [7, 8, 9], "loss")
-    assert lines[0] == "| nats per token, same targets |  | 0.5 T | 1 T | 2 T |"
+    assert lines[0] == "| nats per token |  | 0.5 T | 1 T | 2 T |"
     assert lines[2] == "| rope | mean | **3.000** | **2.000** | **4.000** |"
     assert lines[5] == "| rope | seed 9 | 3.000 | 3.000 | 6.000 |"
     # Differences .1, .4, .1: mean .2, standard deviation sqrt(.06 / 2), error that over sqrt(3).
@@ -67,8 +67,6 @@ def test_a_killed_comparison_goes_on_where_it_was(command, tmp_path, run_script,
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    begun = {path: json.loads((path / "config.json").read_text()) for path in out.glob("*-*") if path.is_dir()}
-    assert begun
     assert not (out / "results.json").exists()
 
     done = run_script("compare.py", *command)

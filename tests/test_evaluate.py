@@ -208,9 +208,7 @@ def test_the_command_puts_runs_side_by_side(trained, learned, call_script, tmp_p
     done = call_script("evaluate.py", trained, learned, *flags)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
-    assert page.startswith(
-        "before\n<!-- evaluate -->\n| nats per token, same targets of 4 windows | 0.5 T | 1 T | 1.12 T |"
-    )
+    assert page.startswith("before\n<!-- evaluate -->\n| nats per token, 4 windows | 0.5 T | 1 T | 1.12 T |")
     assert page.endswith(".\n<!-- /evaluate -->\nafter\n")
     assert "stale" not in page
     assert page.count("no position") == 7
