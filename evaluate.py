@@ -152,36 +152,46 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, T=0, **readi
 def usual_losses(model, dataset, token_bytes, device, count, multiples=MULTIPLES, T=0, **reading):
     """Nats per token over `count` stretches of validation text, each as long as the longest context ->
 
-    {"non_overlapping", "sliding", "bits_per_byte" of the former: a number for each length,
-    "by_position": {"position": middles of T/8 tokens, "loss"} in windows of 8 T, or the longest, that do not overlap}.
-    token_bytes (V,) are the bytes that each token stands for.
+    {"non_overlapping", "sliding", "bits_per_byte" of the former}: a number for each length. token_bytes (V,) are the
+    bytes that each token stands for.
     """
     T = T or model.config.train_length
     lengths, reached = reach(model, T, len(dataset.val), multiples)
-    inputs, targets = data.even_windows(dataset.val, lengths[-1], count)
-    ids, bytes_per_token = np.concatenate((inputs, targets[:, -1:]), axis=1), float(token_bytes[targets].mean())
+    ids = stretches(dataset, lengths[-1], count)
+    bytes_per_token = float(token_bytes[ids[:, 1:]].mean())
 
-    def losses(length, stride):
+    def loss(length, stride):
         rows = batches(ids, at_once(model, length))
         found = torch.cat([windowed_losses(model, part, length, stride, device, **reading) for part in rows])
         bar.update(length // stride * found.numel())
-        return found.double()
+        return found.double().mean().item()
 
-    found = {"non_overlapping": [], "sliding": [], "bits_per_byte": []}
-    with progress(3 * len(reached) * inputs.size, "perplexity", device) as bar:
-        for length in reached:
-            apart = losses(length, length)
-            found["non_overlapping"].append(apart.mean().item())
-            found["sliding"].append(losses(length, max(1, length // 2)).mean().item())
-            found["bits_per_byte"].append(apart.mean().item() / bytes_per_token / math.log(2))
-            if length <= 8 * T:
-                width, whole = max(1, T // 8), apart.shape[1] // length * length  # the last window may be cut short
-                bins = apart[:, :whole].reshape(-1, length).mean(0).split(width)
-                found["by_position"] = {
-                    "position": [width * i + len(one) / 2 for i, one in enumerate(bins)],
-                    "loss": [one.mean().item() for one in bins],
-                }
-    return found
+    with progress(3 * len(reached) * ids[:, 1:].size, "perplexity", device) as bar:
+        apart, sliding = ([loss(length, max(1, length // part)) for length in reached] for part in (1, 2))
+    bits = [nats / bytes_per_token / math.log(2) for nats in apart]
+    return {"non_overlapping": apart, "sliding": sliding, "bits_per_byte": bits}
+
+
+def position_loss(model, dataset, device, count, T=0, **reading):
+    """Nats per token by position, over `count` windows of 8 T tokens or as many as there are positions -> {"position":
+    the middle of every T/4 of them, "loss"}."""
+    T = T or model.config.train_length
+    ids = stretches(dataset, int(min(8 * T, model.max_length, len(dataset.val) - 1)), count)
+    losses = []
+    with progress(ids[:, 1:].size, "loss by position", device) as bar:
+        for rows in batches(ids, at_once(model, ids.shape[1])):
+            losses.append(token_losses(model, rows, ids.shape[1] - 1, device, **reading).double())
+            bar.update(losses[-1].numel())
+    width = max(1, T // 4)
+    bins = torch.cat(losses).mean(0).split(width)
+    middles = [width * index + len(one) / 2 for index, one in enumerate(bins)]
+    return {"position": middles, "loss": [one.mean().item() for one in bins]}
+
+
+def stretches(dataset, length, count):
+    """(<= count, length + 1) ids of the validation set, evenly spread."""
+    inputs, targets = data.even_windows(dataset.val, length, count)
+    return np.concatenate((inputs, targets[:, -1:]), axis=1)
 
 
 def summary(model, dataset, device, count):
@@ -205,6 +215,7 @@ def measure(model, dataset, encoding, device, count, T=0, **reading):
     result = length_loss(model, dataset, device, count, T=T, **reading)
     few = max(1, count // 8)  # each of them has 64 times as many tokens as a window has targets
     result |= usual_losses(model, dataset, tokenizer.byte_lengths(encoding), device, few, T=T, **reading)
+    result["by_position"] = position_loss(model, dataset, device, count, T, **reading)
     if not any(reading.values()):  # under a window attention is another
         lengths, reached = reach(model, T, len(dataset.val))
         windows = long_windows(dataset, lengths[-1], max(1, T // 4), few)

@@ -138,8 +138,9 @@ def test_the_usual_measures_are_means_over_the_same_tokens():
         assert found["bits_per_byte"][index] == pytest.approx(bits, rel=1e-6)
     assert found["sliding"][3] == found["non_overlapping"][3]  # one window
     assert found["sliding"][0] != found["non_overlapping"][0]
-    assert found["by_position"]["position"] == [2 * i + 1 for i in range(32)]
-    assert found["by_position"]["loss"][5] == pytest.approx(apart[:, 10:12].mean().item(), rel=1e-6)
+    found = evaluate.position_loss(model, text, CPU, 2, T=8)
+    assert found["position"] == [2 * i + 1 for i in range(32)]
+    assert found["loss"][5] == pytest.approx(apart[:, 10:12].mean().item(), rel=1e-6)
 
 
 def test_a_window_and_the_training_length_of_another_run():
@@ -188,8 +189,9 @@ def test_a_model_that_copies_has_the_loss_computed_by_hand():
     # Of 64 tokens, windows of 32 that slide by 16 leave the first 19 and three of every later 16 without their copy.
     slid = ((19 + 3 + 3) * ln(20) - (64 - 25) * ln(0.75)) / 64
     assert usual["sliding"] == pytest.approx([ln(20), slid, at[64]], rel=1e-6)
-    assert usual["by_position"]["loss"][:9] == pytest.approx([ln(20)] * 9, rel=1e-6)  # bins of two tokens
-    assert usual["by_position"]["loss"][9:11] == pytest.approx([(ln(20) - ln(0.75)) / 2, -ln(0.75)], rel=1e-6)
+    by_position = evaluate.position_loss(model, text, CPU, 3, T=8)["loss"]  # of two positions each
+    assert by_position[:9] == pytest.approx([ln(20)] * 9, rel=1e-6)
+    assert by_position[9:11] == pytest.approx([(ln(20) - ln(0.75)) / 2, -ln(0.75)], rel=1e-6)
 
 
 def test_a_length_holds_while_perplexity_is_within_five_percent():
