@@ -256,7 +256,9 @@ def report_frequencies(opened, device, folder):
         }  # fmt: skip
         settings = tuple(str(getattr(model.config, field.name)) for field in fields(GPTConfig))
         alike.setdefault((settings, len(windows), *results[name]["silencing"]["lengths"]), {})[name] = results[name]
-    lines = [line for group in alike.values() for line in tables(group) + pictures(folder, group)]
+    for group in alike.values():
+        pictures(folder, group)
+    lines = [line for group in alike.values() for line in tables(group)]
     return lines, {name: plain(found) for name, found in results.items()}
 
 
@@ -321,23 +323,23 @@ def beside(values, form=".3f"):
 
 
 def pictures(folder, group):
-    """Heat maps over pairs, layers and heads of what `frequencies` found, as means over runs alike -> a line that names
-    them. The dashed line stands where pairs stop finishing a turn in T."""
-    name_of_all, first = next(iter(group.items()))
-    P, turning, paths = len(first["turns"]), int((first["turns"] >= 1).sum()), []
+    """Heat maps over pairs, layers and heads (a row for every head) of what `frequencies` found: means over runs alike.
+    The dashed line stands where pairs stop finishing a turn in T."""
+    name, first = next(iter(group.items()))
+    slug = report.slug(name)
+    P, turning = len(first["turns"]), int((first["turns"] >= 1).sum())
     of_pairs = {m + 0.5: str(m) for m in range(0, P, math.ceil(P / 16))}
     for name in ("q_norm", "k_norm", "absolute"):
         mean = torch.stack([run[name] for run in group.values()]).mean(0)  # (n_layer, heads, P)
         rows = F.pad(mean, (0, 0, 0, 1), value=math.nan)  # a gap after every layer
         layers, tall = rows.shape[:2]
         of_layers = {layer * tall + (tall - 1) / 2: f"layer {layer + 1}" for layer in range(layers)}
-        paths.append(str(Path(folder) / f"frequencies-{report.slug(name_of_all)}-{name}.png"))
         report.heat(
-            paths[-1], rows.flatten(0, 1)[:-1].numpy(), "pair (right of the dashed line: less than one turn in T)",
+            Path(folder) / f"{slug}-{name}.png",
+            rows.flatten(0, 1)[:-1].numpy(), "pair (right of the dashed line: less than one turn in T)",
             MEASURES[name], mark_x=turning if turning < P else None, colours="magma", ticks=(of_pairs, of_layers),
             span=(0, mean.quantile(0.98).item()),  # a few cells far above the others would leave them dark
         )  # fmt: skip
-    return [f"Pictures, a row for every head: {', '.join(paths)}", ""]
 
 
 def plain(found):

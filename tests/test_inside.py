@@ -360,10 +360,9 @@ def test_runs_alike_are_told_together_with_their_deviation(tmp_path):
     assert f"| silenced: pairs 1 | {' | '.join(cells)} |" in lines
     drawn = sorted((tmp_path / "pictures").iterdir())
     assert [path.name for path in drawn] == [
-        f"frequencies-{name}-{what}.png" for name in ("a", "b") for what in ("absolute", "k_norm", "q_norm")
+        f"{name}-{what}.png" for name in ("a", "b") for what in ("absolute", "k_norm", "q_norm")
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
-    assert all(str(path) in "\n".join(lines) for path in drawn)
 
 
 def test_the_largest_pairs_and_how_many_runs_agree():
