@@ -171,19 +171,16 @@ def main(argv):
     }
     decoded = median_times(decoders, config.rounds)
     del decoders
-    lines = [
-        f"| encoding | train tokens/s at T = {T} | / none | at {LONG} T | / none | decode ms/token at T | at {LONG} T "
-        f"| train MiB at T | at {LONG} T |",
-        "|---" * 9 + "|",
-    ]
+    long, rows = f"at {LONG} T", []
     for name in names:
         row = [name]
         for n in lengths:
             row += [f"{speed[name, n]:,.0f}", f"{speed[name, n] / speed['none', n]:.2f}"]
         row += [f"{decoded[name, n] / config.decode_tokens * 1e3:.2f}" for n in lengths]
         row += [f"{memory[name, n]:,.0f}" for n in lengths]
-        lines.append("| " + " | ".join(row) + " |")
-    lines += ["", against_recomputing(config, serving)]
+        rows.append(row)
+    heads = f"train tokens/s at T = {T}", "/ none", long, "/ none", "decode ms/token at T", long, "train MiB at T", long
+    lines = [*report.markdown(["encoding", *heads], rows), "", against_recomputing(config, serving)]
     print("\n".join(lines))
     if config.table:
         command = " ".join(["python bench.py", *argv])

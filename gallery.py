@@ -130,18 +130,14 @@ def page(config, pictures):
     return lines
 
 
-def table(rows, T):
-    lines = [
-        "| encoding | parameters | training speed / none | decoding at 16 T, ms/token | "
-        + " | ".join(f"loss at {m} T" for m in MULTIPLES)
-        + " |",
-        "|---" * (4 + len(MULTIPLES)) + "|",
-    ]
+def table(rows):
+    heads = ["encoding", "parameters", "training speed / none", "decoding at 16 T, ms/token"]
+    lines = []
     for name, row in rows.items():
         loss = [f"{row['loss'][str(m)]:.3f}" if str(m) in row["loss"] else "no position" for m in MULTIPLES]
         speed = [f"{row['speed']:.2f}", f"{row['decode'] * 1e3:.2f}"] if "speed" in row else ["", ""]
-        lines.append("| " + " | ".join([name, f"{row['parameters']:,}", *speed, *loss]) + " |")
-    return lines
+        lines.append([name, f"{row['parameters']:,}", *speed, *loss])
+    return report.markdown([*heads, *(f"loss at {m} T" for m in MULTIPLES)], lines)
 
 
 def speeds(specs, config, device):
@@ -189,7 +185,7 @@ def main(argv):
     measured = speeds(trained, config, device)
     for spec in trained:
         rows[spec]["speed"], rows[spec]["decode"] = measured[spec][0] / measured["none"][0], measured[spec][1]
-    lines = table(rows, config.train_length)
+    lines = table(rows)
     print("\n".join(lines))
     runs.write_whole(docs / "encodings.md", "\n".join(page(config, pictures)) + "\n")
     command = " ".join(["python gallery.py", *argv])
