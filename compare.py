@@ -68,12 +68,13 @@ class Compare(Config):
 
 @dataclass
 class Contestant:
-    name: str
+    name: str  # in tables
+    folder: str  # of its runs, with the seed behind it
     argv: list  # what train.py is told
     settings: dict  # the same, read
 
     def config(self, seed, out):
-        return train.settle([], self.settings | {"seed": seed, "out_dir": str(out / f"{self.name}-{seed}")})
+        return train.settle([], self.settings | {"seed": seed, "out_dir": str(out / f"{self.folder}-{seed}")})
 
 
 def contestants(words, common, flags):
@@ -85,17 +86,17 @@ def contestants(words, common, flags):
         shared |= configs.read(file, Config)
     for word in words:
         if word.endswith(".py"):
-            name, own, argv = Path(word).stem, configs.read(word, Config), [word]
+            name, folder, own, argv = Path(word).stem, Path(word).stem, configs.read(word, Config), [word]
         else:
             try:
                 posenc.parse(word)
             except ValueError as error:
                 raise UserError(f"{word} is no config file (FILE.py), and as an encoding: {error}") from None
-            name, own, argv = report.slug(word), {"posenc": word}, [f"--posenc={word}"]
-        if name in found:
-            raise UserError(f"two are called '{name}': give the config files different names")
+            name, folder, own, argv = word, report.slug(word), {"posenc": word}, [f"--posenc={word}"]
+        if folder in found:
+            raise UserError(f"two are called '{folder}': give the config files different names")
         argv = [*common, *argv, *(f"--{key}={value}" for key, value in flags.items())]
-        found[name] = Contestant(name, argv, shared | own | flags)
+        found[folder] = Contestant(name, folder, argv, shared | own | flags)
     if not found:
         raise UserError(f"which configs? usage: {Compare.usage}")
     return list(found.values())
@@ -233,7 +234,7 @@ def before_training(workers, out, bases, every, T, *flags):
         ways = {f"{name} as it is": [], f"{name} under a window of T": [f"--window={T}", f"--sinks={SINKS}"]}
         for one, config in every:
             if config.init_from == base and config.posenc != state["config"]["posenc"]:
-                ways[f"{one.name} untrained"] = [f"--posenc={config.posenc}"]
+                ways[f"{one.name}, untrained"] = [f"--posenc={config.posenc}"]
         for title, more in ways.items():
             folder = out / "untrained" / report.slug(title)
             jobs[title] = functools.partial(measured, workers, folder.name, folder, base, state["step"], *flags, *more)

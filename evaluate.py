@@ -283,7 +283,7 @@ def table(results, key=None):
     if key not in ("exact", "loss"):
         return at_multiples([title], rows)
     windows = " or ".join(str(count) for count in sorted({result["windows"] for result in results.values()}))
-    held = {(name,): f"{at:g} T" if (at := holds_to(result)) else "" for name, result in results.items()}
+    held = {(name,): f"{at:.3g} T" if (at := holds_to(result)) else "" for name, result in results.items()}
     return at_multiples([f"{title}, {windows} windows"], rows, ("holds to", held) if key == "loss" else ())
 
 

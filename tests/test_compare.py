@@ -110,8 +110,8 @@ def test_stretched_runs_are_set_beside_what_they_came_from(trained, corpus, tmp_
     done = run_script("compare.py", 'rope(scaling="linear", factor=2)', *flags)
     assert done.returncode == 0, done.stderr
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
-    linear = "rope-scaling-linear-factor-2"
-    assert list(saved["untrained"]) == ["run as it is", "run under a window of T", f"{linear} untrained"]
+    linear = 'rope(scaling="linear", factor=2)'
+    assert list(saved["untrained"]) == ["run as it is", "run under a window of T", f"{linear}, untrained"]
     assert saved["train_length"] == 16  # of the run they came from
     losses = [one["loss"] for one in saved["untrained"].values()] + [saved["runs"][linear]["1337"]["loss"]]
     assert len({round(one[5], 6) for one in losses}) == 4  # at 2 T all differ
