@@ -51,7 +51,7 @@ def command(corpus, tmp_path):
         f"--common={tmp_path}/shared.py",
         f"--docs={tmp_path}",
         "--targets=4",
-        "--seeds=2",
+        "--seeds=1",
         "--jobs=2",
         f"--out_dir={tmp_path}/out",
     ]
