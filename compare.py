@@ -38,6 +38,7 @@ import report
 import runs
 import train
 from configs import Config
+from data import tasks
 from errors import UserError, run
 from evaluate import TABLES, by_multiple
 from model import require
@@ -166,7 +167,10 @@ def measured(workers, name, folder, path, step, *flags):
 
     if not read():
         workers.call(name, "evaluate.py", *argv)
-    return read()
+    result = read()
+    if not result and not workers.stopped.is_set():
+        raise UserError(f"{path} is not at step {step}: was it trained further? Choose that --max_steps, or --out_dir")
+    return result
 
 
 def trained(workers, config, argv, *flags):
@@ -177,7 +181,8 @@ def trained(workers, config, argv, *flags):
     saved, wanted = (
         {key: value for key, value in runs.plain(one).items() if key not in apart} for one in (before, config)
     )
-    if saved != wanted or not (folder / "reach" / "length.json").exists():
+    reached = [one["step"] for one in runs.read_json(folder / "reach" / "length.json").get("runs", {}).values()]
+    if saved != wanted or reached != [config.max_steps]:  # a run told to go on has other settings before it has gone
         workers.call(folder.name, "train.py", *argv, f"--seed={config.seed}", f"--out_dir={folder}")
     return measured(workers, folder.name, folder / "reach", folder, config.max_steps, *flags)
 
@@ -192,10 +197,10 @@ def mean(results):
     return statistics.fmean(results) if isinstance(first, float) else first
 
 
-def with_error(numbers):
-    """Numbers of several seeds -> their mean and its standard error, as text."""
-    error = f" ± {statistics.stdev(numbers) / math.sqrt(len(numbers)):.3f}" if len(numbers) > 1 else ""
-    return f"{statistics.fmean(numbers):+.3f}{error}"
+def with_error(numbers, form):
+    """Numbers of several seeds -> their mean, with its sign, and its standard error, as text."""
+    error = f" ± {form.format(statistics.stdev(numbers) / math.sqrt(len(numbers)))}" if len(numbers) > 1 else ""
+    return form.replace("{:", "{:+").format(statistics.fmean(numbers)) + error
 
 
 def seeds_table(results, seeds, key):
@@ -211,7 +216,7 @@ def seeds_table(results, seeds, key):
             rows[name, f"seed {seed}"] = {m: form.format(column[index]) for m, column in at.items()}
         if numbers is not first:
             pairs = {m: [x - one[m] for x, one in zip(at[m], first, strict=True)] for m in at if m in first[0]}
-            rows[name, f"less {next(iter(results))}"] = {m: with_error(column) for m, column in pairs.items()}
+            rows[name, f"less {next(iter(results))}"] = {m: with_error(column, form) for m, column in pairs.items()}
     return evaluate.at_multiples([title, ""], rows)
 
 
@@ -224,15 +229,27 @@ def ratio_table(results):
     return evaluate.at_multiples(["perplexity / perplexity at T"], rows)
 
 
+def lies_over(state, spec):
+    """Whether a checkpoint reads with another encoding untrained: one with weights of its own has none in it."""
+    try:
+        runs.load_weights(runs.build(runs.config_of(state, posenc=spec)), state)
+    except UserError:
+        return False
+    return True
+
+
 def before_training(workers, out, bases, every, T, *flags):
     """{title: function that measures}: the runs that others go on from, as they are, under a window, and with every
-    encoding that goes on from them laid over, untrained. bases: {path: checkpoint}."""
+    encoding that goes on from them laid over, untrained, if it has no weights of its own. bases: {path: checkpoint}."""
     jobs = {}
     for base, state in bases.items():
         name = Path(base).name
-        ways = {f"{name} as it is": [], f"{name} under a window of T": [f"--window={T}", f"--sinks={SINKS}"]}
+        ways = {f"{name} as it is": []}
+        if state["config"]["dataset"] not in tasks.TASKS:
+            ways[f"{name} under a window of T"] = [f"--window={T}", f"--sinks={SINKS}"]
         for one, config in every:
-            if config.init_from == base and config.posenc != state["config"]["posenc"]:
+            another = config.init_from == base and config.posenc != state["config"]["posenc"]
+            if another and lies_over(state, config.posenc):
                 ways[f"{one.name} untrained"] = [f"--posenc={config.posenc}"]
         for title, more in ways.items():
             folder = out / "untrained" / report.slug(title)
@@ -251,11 +268,20 @@ def main(argv):
     out, seeds = Path(options.out_dir or "out/compare"), [options.seed + index for index in range(options.seeds)]
     if (out / runs.CKPT).exists():
         raise UserError(f"{out} holds a run; choose another folder with --out_dir")
+    page, marks = Path(options.docs) / "results.md", (f"<!-- {out.name} -->\n", f"<!-- /{out.name} -->")
+    if options.docs and not all(mark in page.read_text() for mark in marks):  # or the tables would replace all of it
+        raise UserError(f"{page} has no place for the tables: the lines {marks[0].strip()} and {marks[1]}")
     device = devices.choose(options.device).device
     every = [(one, one.config(seed, out)) for seed in seeds for one in found]
-    bases = {config.init_from: runs.load(config.init_from) for _, config in every if config.init_from}
+    for key in ("dataset", "text", "packages", "shards", "tokenizer"):
+        if len({str(getattr(config, key)) for _, config in every}) > 1:
+            raise UserError(f"{key} is not the same in all of them: their numbers would not compare")
+    bases = {base: runs.load(base) for base in {config.init_from: 0 for _, config in every if config.init_from}}
     lengths = [config.original_length or config.train_length for _, config in every]
-    T = min(lengths + [state["config"]["train_length"] for state in bases.values()])
+    own = [state["config"]["train_length"] for state in bases.values()]
+    T = min(lengths + own)
+    if every[0][1].dataset in tasks.TASKS and len({*own, *(config.train_length for _, config in every)}) > 1:
+        raise UserError("train_length must be the same in all of them: tasks are measured at multiples of their own")
     (out / "logs").mkdir(parents=True, exist_ok=True)
 
     workers = Workers(options.jobs, device, out / "logs")

@@ -110,8 +110,12 @@ def at_once(model, length):
 
 def reach(model, T, available, multiples=MULTIPLES):
     """Tokens of context to measure (T/4 at least: the targets are as many), as far as there is text, and those of them
-    that the encoding has positions for."""
-    lengths = [length for m in multiples if (length := max(1, T // 4, round(T * m))) < available]
+    that the encoding has positions for. UserError where there are none."""
+    wanted = [max(1, T // 4, round(T * m)) for m in multiples]
+    lengths = [length for length in wanted if length < available]
+    if min(wanted) > min(available - 1, model.max_length):
+        least = f"{min(wanted)} tokens of context, the least for a T of {T}"
+        raise UserError(f"{least}, exceed the text ({available}) or the positions ({model.max_length}); lower T")
     return lengths, [length for length in lengths if length <= model.max_length]
 
 
@@ -251,9 +255,9 @@ def has(result, key):
 
 
 def by_multiple(result, key):
-    """{length / T: number} of one of the TABLES."""
-    numbers = TABLES[key][1](result)
-    return {length / result["train_length"]: x for length, x in zip(result["lengths"], numbers, strict=True)}
+    """{length / T: number} of one of the TABLES. To three digits, or 1.1 T would differ from one T to another."""
+    T, numbers = result["train_length"], TABLES[key][1](result)
+    return {float(f"{length / T:.3g}"): x for length, x in zip(result["lengths"], numbers, strict=True)}
 
 
 def at_multiples(heads, rows, extra=()):
@@ -415,6 +419,12 @@ def main(argv):
     opened_runs = {n: runs.open_run(path, override=options.posenc) for n, path in zip(names, paths, strict=True)}
     if len({opened.config.tokenizer for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
+    if options.frequencies:
+        for key in ("train_length", "window", "log_n"):
+            if getattr(options, key):
+                raise UserError(f"--frequencies looks at runs as they were trained: leave out --{key}")
+        if not options.data and any(opened.config.dataset in tasks.TASKS for opened in opened_runs.values()):
+            raise UserError("--frequencies reads text, and some of these runs learned a task: name one with --data")
     if len({opened.config.dataset in tasks.TASKS for opened in opened_runs.values()}) > 1:
         raise UserError("some of these runs learned a task and some a text: exact match and loss do not compare them")
     datasets = {name: open_dataset(opened, options) for name, opened in opened_runs.items()}
