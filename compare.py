@@ -123,6 +123,8 @@ class Workers:
             with open(log, "w") as out:
                 process = subprocess.Popen(command, env=self.env, stdout=out, stderr=subprocess.STDOUT)
                 self.running.add(process)
+                if self.stopped.is_set():  # since we looked: nobody else would end it
+                    process.terminate()
                 status = process.wait()
                 self.running.discard(process)
         finally:
