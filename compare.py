@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import configs
+import data
 import device as devices
 import evaluate
 import posenc
@@ -38,6 +39,7 @@ import report
 import runs
 import train
 from configs import Config
+from data import tasks, tokenizer
 from errors import UserError, run
 from evaluate import TABLES, by_multiple
 from model import require
@@ -123,6 +125,8 @@ class Workers:
             with open(log, "w") as out:
                 process = subprocess.Popen(command, env=self.env, stdout=out, stderr=subprocess.STDOUT)
                 self.running.add(process)
+                if self.stopped.is_set():  # since we looked: nobody else would end it
+                    process.terminate()
                 status = process.wait()
                 self.running.discard(process)
         finally:
@@ -155,32 +159,41 @@ class Workers:
                 signal.signal(signal.SIGTERM, before)
 
 
-def measured(workers, name, folder, path, step, *flags):
-    """evaluate.py's result for the run at `path`: the one in the folder, where the same call left it, or a new one."""
+def measured(workers, name, folder, path, step, checksum, *flags):
+    """evaluate.py's result for the run at `path`: the one in the folder, where the same call left it after the run's
+    checkpoint was written, or a new one."""
     argv = [str(path), *flags, f"--out_dir={folder}"]
 
     def read():
         saved = runs.read_json(folder / "length.json")
-        same = saved and saved["made"]["command"].startswith(" ".join(["python evaluate.py", *argv]))
-        (result,) = saved["runs"].values() if same else [None]
-        return result if result and result["step"] == step else None
+        same = saved and saved["made"]["command"].startswith(shlex.join(["python", "evaluate.py", *argv]))
+        if not same or (folder / "length.json").stat().st_mtime < runs.find(path).stat().st_mtime:
+            return None
+        (result,) = saved["runs"].values()
+        current = result["step"] == step and result.get("data_checksum", checksum) == checksum
+        return result | {"commit": saved["made"]["commit"]} if current else None
 
     if not read():
-        workers.call(name, "evaluate.py", *argv)
-    return read()
+        workers.call(f"{name}-reach", "evaluate.py", *argv)
+    result = read()
+    if not result and not workers.stopped.is_set():
+        raise UserError(f"{path} is not at step {step}: was it trained further? Choose that --max_steps, or --out_dir")
+    return result
 
 
-def trained(workers, config, argv, *flags):
+def trained(workers, config, argv, checksum, *flags):
     """Train a run, or go on with it, and measure it -> evaluate.py's result."""
     folder = Path(config.out_dir)
-    apart = train.MAY_CHANGE - {"max_steps"} | {"vocab_size"}  # the tokenizer fills that in
+    apart = train.MAY_CHANGE - {"max_steps"} | (set() if config.vocab_size else {"vocab_size"})  # 0: the tokenizer's
     before = runs.config_of({"config": runs.read_json(folder / "config.json")})
     saved, wanted = (
         {key: value for key, value in runs.plain(one).items() if key not in apart} for one in (before, config)
     )
-    if saved != wanted or not (folder / "reach" / "length.json").exists():
+    (found,) = runs.read_json(folder / "reach" / "length.json").get("runs", {None: {}}).values()
+    current = found.get("step") == config.max_steps and found.get("data_checksum", checksum) == checksum
+    if saved != wanted or not current:  # a run told to go on has other settings before it has gone
         workers.call(folder.name, "train.py", *argv, f"--seed={config.seed}", f"--out_dir={folder}")
-    return measured(workers, folder.name, folder / "reach", folder, config.max_steps, *flags)
+    return measured(workers, folder.name, folder / "reach", folder, config.max_steps, checksum, *flags)
 
 
 def mean(results):
@@ -193,10 +206,10 @@ def mean(results):
     return statistics.fmean(results) if isinstance(first, float) else first
 
 
-def with_error(numbers):
-    """Numbers of several seeds -> their mean and its standard error, as text."""
-    error = f" ± {statistics.stdev(numbers) / math.sqrt(len(numbers)):.3f}" if len(numbers) > 1 else ""
-    return f"{statistics.fmean(numbers):+.3f}{error}"
+def with_error(numbers, form):
+    """Numbers of several seeds -> their mean, with its sign, and its standard error, as text."""
+    error = f" ± {form.format(statistics.stdev(numbers) / math.sqrt(len(numbers)))}" if len(numbers) > 1 else ""
+    return form.replace("{:", "{:+").format(statistics.fmean(numbers)) + error
 
 
 def seeds_table(results, seeds, key):
@@ -212,7 +225,7 @@ def seeds_table(results, seeds, key):
             rows[name, f"seed {seed}"] = {m: form.format(column[index]) for m, column in at.items()}
         if numbers is not first:
             pairs = {m: [x - one[m] for x, one in zip(at[m], first, strict=True)] for m in at if m in first[0]}
-            rows[name, f"less {next(iter(results))}"] = {m: with_error(column) for m, column in pairs.items()}
+            rows[name, f"less {next(iter(results))}"] = {m: with_error(column, form) for m, column in pairs.items()}
     return evaluate.at_multiples([title, ""], rows)
 
 
@@ -225,19 +238,36 @@ def ratio_table(results):
     return evaluate.at_multiples(["perplexity / perplexity at T"], rows)
 
 
-def before_training(workers, out, bases, every, T, *flags):
+def lies_over(state, spec):
+    """Whether a checkpoint reads with another encoding untrained: one with weights of its own has none in it."""
+    try:
+        runs.load_weights(runs.build(runs.config_of(state, posenc=spec)), state)
+    except UserError:
+        return False
+    return True
+
+
+def before_training(workers, out, bases, every, T, checksum, *flags):
     """{title: function that measures}: the runs that others go on from, as they are, under a window, and with every
-    encoding that goes on from them laid over, untrained. bases: {path: checkpoint}."""
+    encoding that goes on from them laid over, untrained, if it has no weights of its own. bases: {path: checkpoint};
+    those of another corpus are left out."""
     jobs = {}
     for base, state in bases.items():
-        name = Path(base).name
-        ways = {f"{name} as it is": [], f"{name} under a window of T": [f"--window={T}", f"--sinks={SINKS}"]}
+        if state["data_checksum"] != checksum:
+            continue
+        name = Path(base).name if len({Path(path).name for path in bases}) == len(bases) else base
+        ways = {f"{name} as it is": []}
+        if state["config"]["dataset"] not in tasks.TASKS:
+            ways[f"{name} under a window of T"] = [f"--window={T}", f"--sinks={SINKS}"]
         for one, config in every:
-            if config.init_from == base and config.posenc != state["config"]["posenc"]:
+            another = config.init_from == base and config.posenc != state["config"]["posenc"]
+            if another and lies_over(state, config.posenc):
                 ways[f"{one.name}, untrained"] = [f"--posenc={config.posenc}"]
         for title, more in ways.items():
             folder = out / "untrained" / report.slug(title)
-            jobs[title] = functools.partial(measured, workers, folder.name, folder, base, state["step"], *flags, *more)
+            jobs[title] = functools.partial(
+                measured, workers, folder.name, folder, base, state["step"], checksum, *flags, *more
+            )
     return jobs
 
 
@@ -252,19 +282,30 @@ def main(argv):
     out, seeds = Path(options.out_dir or "out/compare"), [options.seed + index for index in range(options.seeds)]
     if (out / runs.CKPT).exists():
         raise UserError(f"{out} holds a run; choose another folder with --out_dir")
+    page, marks = Path(options.docs) / "results.md", (f"<!-- {out.name} -->\n", f"<!-- /{out.name} -->")
+    if options.docs and not all(mark in page.read_text() for mark in marks):  # or the tables would replace all of it
+        raise UserError(f"{page} has no place for the tables: the lines {marks[0].strip()} and {marks[1]}")
     device = devices.choose(options.device).device
     every = [(one, one.config(seed, out)) for seed in seeds for one in found]
-    bases = {config.init_from: runs.load(config.init_from) for _, config in every if config.init_from}
+    first = every[0][1]
+    for key in ("dataset", "text", "packages", "shards", "tokenizer"):
+        if len({str(getattr(config, key)) for _, config in every}) > 1:
+            raise UserError(f"{key} is not the same in all of them: their numbers would not compare")
+    bases = {base: runs.load(base) for base in {config.init_from: 0 for _, config in every if config.init_from}}
     lengths = [config.original_length or config.train_length for _, config in every]
-    T = min(lengths + [state["config"]["train_length"] for state in bases.values()])
+    own = [state["config"]["train_length"] for state in bases.values()]
+    T = min(lengths + own)
+    if first.dataset in tasks.TASKS and len({*own, *(config.train_length for _, config in every)}) > 1:
+        raise UserError("train_length must be the same in all of them: tasks are measured at multiples of their own")
+    checksum = data.open_dataset(first, tokenizer.load(first.tokenizer)).meta["data_checksum"]
     (out / "logs").mkdir(parents=True, exist_ok=True)
 
-    workers = Workers(options.jobs, device, out / "logs")
+    workers = Workers(min(options.jobs, len(every)), device, out / "logs")
     flags = f"--targets={options.targets}", f"--train_length={T}"
-    jobs = before_training(workers, out, bases, every, T, *flags)
+    jobs = before_training(workers, out, bases, every, T, checksum, *flags)
     untrained = list(jobs)
     for one, config in every:
-        jobs[one.name, config.seed] = functools.partial(trained, workers, config, one.argv, *flags)
+        jobs[one.name, config.seed] = functools.partial(trained, workers, config, one.argv, checksum, *flags)
     results = workers.all(jobs)
 
     by_seed = {one.name: [results[one.name, seed] for seed in seeds] for one in found}
@@ -284,8 +325,10 @@ def main(argv):
         },
     )
     evaluate.pictures(out, means, by_seed)
+    commits = ", ".join(sorted({result["commit"] for result in results.values()}))
+    said = {"seeds": ", ".join(map(str, seeds)), "measured at": commits}
     for folder in [out, *([Path(options.docs)] if options.docs else [])]:
-        report.write_table(folder / "results.md", out.name, lines, command, device, seeds=", ".join(map(str, seeds)))
+        report.write_table(folder / "results.md", out.name, lines, command, device, **said)
     if options.docs:
         shutil.copy(out / "length.png", Path(options.docs) / f"{out.name}.png")
     print("\n".join(evaluate.table(means)))

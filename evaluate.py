@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -64,18 +65,20 @@ def batches(array, rows):
 
 
 def long_windows(dataset, length, step, count):
-    """(<= count, length + 1) ids from the validation set: windows inside one document each, from as many documents as
-    there are, whose last `step` tokens differ. Where no document is long enough, windows span documents."""
+    """(<= count, length + 1) ids from the validation set, whose last `step` tokens differ: windows inside one document
+    each, from as many documents as there are. Where so many do not fit into documents, windows span them."""
     borders = dataset.documents("val")
-    if np.diff(borders).max() <= length:
+    if (np.diff(borders) - length).clip(0).sum() < count * step:
         borders = borders[[0, -1]]
     ends = [
         (turn, end)  # first one window of every document, then a second of each, ...
         for begin, stop in itertools.pairwise(borders)
         for turn, end in enumerate(range(begin + length + 1, stop + 1, step))
     ]
-    chosen = [end for _, end in sorted(ends)[:count]]
-    return np.stack([dataset.val[end - length - 1 : end] for end in chosen]).astype(np.int64)
+    chosen = [end for _, end in sorted(ends)]
+    if len(borders) == 2:  # one document: from all over it
+        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, min(count, len(chosen))).astype(int)]
+    return np.stack([dataset.val[end - length - 1 : end] for end in chosen[:count]]).astype(np.int64)
 
 
 @torch.inference_mode()
@@ -110,8 +113,12 @@ def at_once(model, length):
 
 def reach(model, T, available, multiples=MULTIPLES):
     """Tokens of context to measure (T/4 at least: the targets are as many), as far as there is text, and those of them
-    that the encoding has positions for."""
-    lengths = [length for m in multiples if (length := max(1, T // 4, round(T * m))) < available]
+    that the encoding has positions for. UserError where there are none."""
+    wanted = [max(1, T // 4, round(T * m)) for m in multiples]
+    lengths = [length for length in wanted if length < available]
+    if min(wanted) > min(available - 1, model.max_length):
+        least = f"{min(wanted)} tokens of context, the least for a T of {T}"
+        raise UserError(f"{least}, exceed the text ({available}) or the positions ({model.max_length}); lower T")
     return lengths, [length for length in lengths if length <= model.max_length]
 
 
@@ -251,9 +258,9 @@ def has(result, key):
 
 
 def by_multiple(result, key):
-    """{length / T: number} of one of the TABLES."""
-    numbers = TABLES[key][1](result)
-    return {length / result["train_length"]: x for length, x in zip(result["lengths"], numbers, strict=True)}
+    """{length / T: number} of one of the TABLES. To three digits, or 1.1 T would differ from one T to another."""
+    T, numbers = result["train_length"], TABLES[key][1](result)
+    return {float(f"{length / T:.3g}"): x for length, x in zip(result["lengths"], numbers, strict=True)}
 
 
 def at_multiples(heads, rows, extra=()):
@@ -384,7 +391,8 @@ def measured(opened_runs, datasets, device, options):
     """Measure the runs -> ({name: result}, lines of all tables)."""
     results = {}
     for name, opened in opened_runs.items():
-        results[name] = {"step": opened.step, "posenc": opened.config.posenc} | measure(
+        known = {"step": opened.step, "posenc": opened.config.posenc, "data_checksum": opened.data_checksum}
+        results[name] = known | measure(
             opened.model, datasets[name], opened.encoding, device, options.targets, options.train_length,
             window=options.window or None, sinks=options.sinks, log_n=options.log_n,
         )  # fmt: skip
@@ -415,6 +423,12 @@ def main(argv):
     opened_runs = {n: runs.open_run(path, override=options.posenc) for n, path in zip(names, paths, strict=True)}
     if len({opened.config.tokenizer for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
+    if options.frequencies:
+        for key in ("train_length", "window", "log_n"):
+            if getattr(options, key):
+                raise UserError(f"--frequencies looks at runs as they were trained: leave out --{key}")
+        if not options.data and any(opened.config.dataset in tasks.TASKS for opened in opened_runs.values()):
+            raise UserError("--frequencies reads text, and some of these runs learned a task: name one with --data")
     if len({opened.config.dataset in tasks.TASKS for opened in opened_runs.values()}) > 1:
         raise UserError("some of these runs learned a task and some a text: exact match and loss do not compare them")
     datasets = {name: open_dataset(opened, options) for name, opened in opened_runs.items()}
@@ -425,7 +439,7 @@ def main(argv):
     results, lines = (rotations if options.frequencies else measured)(opened_runs, datasets, device, options)
     print("\n".join(lines))
 
-    command = " ".join(["python evaluate.py", *argv])
+    command = shlex.join(["python", "evaluate.py", *argv])
     seed = ", ".join(map(str, sorted({opened.config.seed for opened in opened_runs.values()})))
     if options.out_dir:
         out = Path(options.out_dir)

@@ -103,5 +103,6 @@ def write_table(path, name, lines, command, device, **more):
     made = ", ".join(f"{key} {value}" for key, value in (more | provenance(device)).items())
     path, text = Path(path), "\n".join([*lines, "", f"Made by `{command}`: {made}."]) + "\n"
     old = path.read_text() if path.exists() else ""
-    new, found = re.subn(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", lambda _: text, old)
+    mark = re.escape(name)
+    new, found = re.subn(rf"(?s)(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: text, old)
     path.write_text(new if found else text)

@@ -2,7 +2,7 @@
 
 python train.py configs/rope.py
 python train.py configs/extend.py --posenc='rope(scaling="yarn", factor=4)'
-python compare.py configs/extend.py ... --common (see the README)
+python compare.py rope 'rope(scaling="yarn", factor=4)' --common=configs/extend.py --out_dir=out/stretched
 """
 
 init_from = "out/rope"

@@ -12,6 +12,7 @@ import torch
 from tiny import ENV, ROOT, TINY
 
 import compare
+import runs
 
 LENGTHS = [8, 16, 32]
 
@@ -32,6 +33,7 @@ def test_means_and_paired_differences():
     # Differences .1, .4, .1: mean .2, standard deviation sqrt(.06 / 2), error that over sqrt(3).
     assert lines[-1] == "| learned | less rope | +0.000 ± 0.000 | +0.200 ± 0.100 | no position |"
     assert "±" not in compare.seeds_table({name: many[:1] for name, many in results.items()}, [7], "loss")[-1]
+    assert compare.with_error([0.25, 0.75], "{:.1%}") == "+50.0% ± 25.0%"
     means = {name: compare.mean(many) for name, many in results.items()}
     assert means["rope"] == result(3.0, 2.0, 4.0)
     assert compare.ratio_table(means)[2:] == [
@@ -118,8 +120,33 @@ def test_stretched_runs_are_set_beside_what_they_came_from(trained, corpus, tmp_
     assert losses[0][1] == pytest.approx(losses[1][1], abs=1e-6)  # the window does nothing at T
 
 
+def test_untrained_are_encodings_without_weights_of_their_own(trained):
+    state = runs.load(trained)
+    over = {spec: compare.lies_over(state, spec) for spec in ("none", "rope(base=80000.0)", "kerple", "learned")}
+    assert over == {"none": True, "rope(base=80000.0)": True, "kerple": False, "learned": False}
+
+
+def test_results_of_other_steps_are_not_taken(corpus, tmp_path, call_script):
+    settings = {**TINY, "text": corpus, "data_dir": corpus.parent / "data", "length_targets": 0, "out_dir": tmp_path}
+    words = ["none", *(f"--{key}={value}" for key, value in settings.items()), "--targets=2", "--seeds=1"]
+    assert call_script("compare.py", *words, "--max_steps=2").returncode == 0
+    # Told to go on, and killed before it had: its settings are the new ones, its result is the old one.
+    file = tmp_path / "none-1337" / "config.json"
+    runs.write_json(file, runs.read_json(file) | {"max_steps": 4})
+    assert call_script("compare.py", *words, "--max_steps=4").returncode == 0
+    assert runs.read_json(tmp_path / "results.json")["runs"]["none"]["1337"]["step"] == 4
+    done = call_script("compare.py", *words, "--max_steps=2")
+    assert (done.returncode, "is not at step 2" in done.stderr) == (2, True), done.stderr
+
+
 def test_mistakes_are_one_line(call_script, tmp_path, trained):
+    (tmp_path / "results.md").write_text("mine\n<!-- out -->\n")
+    (tmp_path / "bpe.py").write_text("tokenizer = 'bpe'\n")
+    (tmp_path / "long.py").write_text("train_length = 64\n")
     for words, said in (
+        (["rope", f"--docs={tmp_path}", "--out_dir=out"], "has no place for the tables"),
+        (["rope", f"{tmp_path}/long.py", "--dataset=copy"], "train_length must be the same"),
+        (["rope", f"{tmp_path}/bpe.py"], "tokenizer is not the same in all of them"),
         ([], "which configs"),
         (["rpe"], "did you mean 'rope'"),
         (["nowhere.py"], "no config file nowhere.py"),

@@ -65,6 +65,14 @@ def test_documents_that_are_too_short_are_read_across():
     assert result["lengths"][-1] == 128
 
 
+def test_windows_come_from_all_over_the_text():
+    one = evaluate.long_windows(dataset([1000]), 64, 4, 5)
+    assert one[:, -1].tolist() == [64, 296, 528, 760, 996]  # the last ids, which are numbered
+    short = evaluate.long_windows(dataset([70, 70, 70, 70]), 64, 4, 8)  # fewer than eight would fit into documents
+    assert len(short) == 8
+    assert short[-1, -1] > 270
+
+
 def test_lengths_the_validation_text_cannot_hold_are_left_out():
     assert evaluate.length_loss(Recorder(16), dataset([60]), CPU, 5, FEW)["lengths"] == [8, 16, 24, 32]
 
@@ -219,7 +227,17 @@ def test_the_command_puts_runs_side_by_side(trained, learned, call_script, tmp_p
     assert json.loads((learned / "length.json").read_text())["lengths"] == [8, 16]
 
 
-def test_the_command_refuses_in_one_line(trained, call_script):
+def test_runs_of_two_lengths_share_their_columns():
+    results = {}
+    for T in (128, 512):
+        lengths = [round(T * multiple) for multiple in evaluate.MULTIPLES]  # 141 / 128 and 563 / 512 are 1.1 T
+        results[str(T)] = {"train_length": T, "lengths": lengths, "loss": [1.0] * len(lengths), "windows": 4}
+    lines = evaluate.table(results)
+    assert "no position" not in "".join(lines)
+    assert lines[0].count("1.1 T") == 1
+
+
+def test_the_command_refuses_in_one_line(trained, learned, call_script, tmp_path):
     for argv, said in (
         ([], "which runs"),
         (["nowhere"], "no run nowhere"),
@@ -229,6 +247,9 @@ def test_the_command_refuses_in_one_line(trained, call_script):
         ([trained, "--table=nowhere/a.md"], "no folder nowhere"),
         ([trained, f"--table={trained}"], "is a folder"),
         ([trained, "--picture=a.pdf"], "must end in .png"),
+        ([trained, "--train_length=1000000"], "exceed the text"),
+        ([learned, "--train_length=64"], "or the positions (16)"),
+        ([trained, "--frequencies", "--window=8", f"--out_dir={tmp_path}"], "leave out --window"),
     ):
         done = call_script("evaluate.py", *argv)
         assert done.stdout == ""
@@ -245,6 +266,12 @@ def test_write_table_leaves_the_rest_of_the_page_alone(tmp_path):
         assert text.startswith("before\n<!-- x -->\n| \\1 |\n\nMade by")
         assert text.endswith(".\n<!-- /x -->\nafter\n")
         assert "old" not in text
+
+
+def test_write_table_takes_a_name_as_it_is(tmp_path):
+    (tmp_path / "page.md").write_text("before\n<!-- c++ (2) -->\n<!-- /c++ (2) -->\n")
+    report.write_table(tmp_path / "page.md", "c++ (2)", ["| a |"], "python x.py", torch.device("cpu"))
+    assert (tmp_path / "page.md").read_text().startswith("before\n<!-- c++ (2) -->\n| a |\n")
 
 
 def test_write_table_without_markers_is_the_whole_file(tmp_path):
