@@ -33,9 +33,13 @@ def lines(path, series, x_label, y_label, log_x=False, mark_x=None, dpi=150):
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, ncols=1 + len(series) // 9, fontsize="small" if len(series) > 8 else None)
+        if many:  # beside the curves, which leave no room
+            figure.legend(frameon=False, loc="outside right center")
+        else:
+            axes.legend(frameon=False)
 
-    save(path, draw, x_label, y_label, mark_x, dpi)
+    many = len(series) > len(COLOURS)
+    save(path, draw, x_label, y_label, mark_x, dpi, (10, 4.5) if many else (7, 4))
 
 
 def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None, dpi=150, span=(-2, 2), colours="RdBu", ticks=({}, {})):
@@ -57,14 +61,14 @@ def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None, dpi=150, span=(-2
     save(path, draw, x_label, y_label, mark_x, dpi)
 
 
-def save(path, draw, x_label, y_label, mark_x, dpi):
+def save(path, draw, x_label, y_label, mark_x, dpi, size=(7, 4)):
     """A figure that draw(figure, axes) fills, written to the side and put in place."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=dpi, layout="constrained")
+    figure, axes = plt.subplots(figsize=size, dpi=dpi, layout="constrained")
     draw(figure, axes)
     if mark_x is not None:
         axes.axvline(mark_x, linestyle="--", linewidth=1, color="#999999")
