@@ -13,6 +13,7 @@ import before_torch  # noqa: F401  # isort: skip
 
 import concurrent.futures
 import functools
+import json
 import math
 import os
 import queue
@@ -185,9 +186,10 @@ def trained(workers, config, argv, checksum, *flags):
     """Train a run, or go on with it, and measure it -> evaluate.py's result."""
     folder = Path(config.out_dir)
     apart = train.MAY_CHANGE - {"max_steps"} | (set() if config.vocab_size else {"vocab_size"})  # 0: the tokenizer's
-    before = runs.config_of({"config": runs.read_json(folder / "config.json")})
+    # As JSON, whose keys are text; a run from before a setting existed has its default.
     saved, wanted = (
-        {key: value for key, value in runs.plain(one).items() if key not in apart} for one in (before, config)
+        {key: json.dumps(value) for key, value in settings.items() if key not in apart}
+        for settings in (runs.plain(Config()) | runs.read_json(folder / "config.json"), runs.plain(config))
     )
     (found,) = runs.read_json(folder / "reach" / "length.json").get("runs", {None: {}}).values()
     current = found.get("step") == config.max_steps and found.get("data_checksum", checksum) == checksum

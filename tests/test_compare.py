@@ -46,7 +46,13 @@ def test_means_and_paired_differences():
 def command(corpus, tmp_path):
     """The words of a comparison of rope and none, in tmp_path/out."""
     settings = {key: value for key, value in TINY.items() if key not in ("max_steps", "length_targets", "device")}
-    settings |= {"text": corpus, "data_dir": corpus.parent / "data", "max_steps": 40, "length_targets": 0}
+    settings |= {
+        "length_schedule": "{0.0:8,0.5:16}",
+        "text": corpus,
+        "data_dir": corpus.parent / "data",
+        "max_steps": 40,
+        "length_targets": 0,
+    }
     (tmp_path / "shared.py").write_text("checkpoint_interval = 2\n")
     flags = [f"--{key}={value}" for key, value in settings.items()]
     flags += [
