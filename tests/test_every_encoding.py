@@ -34,7 +34,7 @@ def gradients(model, loss):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("spec", TRAINED)
+@pytest.mark.parametrize("spec", ENCODINGS)
 def test_it_learns_in_bfloat16_and_resumes_exactly(spec, corpus, tmp_path, call_script):
     """50 steps, and the last 25 of them once more from the checkpoint between, end in the same bits."""
     settings = dict(posenc=spec, max_steps=50, checkpoint_interval=25, eval_interval=50, dtype="bfloat16")

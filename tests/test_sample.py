@@ -62,7 +62,7 @@ def test_never_prints_half_a_character(capsys):
 def test_window_posenc_and_crop_reach_the_model(trained, call_script):
     text = lambda done: done.stdout.partition(" tokens in ")[0]  # noqa: E731
     plain = text(call_script("sample.py", trained, "--tokens=60"))
-    for flags in (["--window=4", "--sinks=1"], ["--posenc=rope(base=3)"], ["--posenc=none"], ["--crop=5"]):
+    for flags in (["--window=4", "--sinks=1"], ["--posenc=rope(base=3)"], ["--posenc=sinusoidal"], ["--crop=5"]):
         done = call_script("sample.py", trained, "--tokens=60", *flags)
         assert done.returncode == 0, done.stderr
         assert text(done) != plain
