@@ -17,6 +17,7 @@ import json
 import math
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -133,8 +134,9 @@ class Workers:
         finally:
             self.places.put(place)
         if status and not self.stopped.is_set():
-            said = log.read_text(errors="replace").split("\n")[-2:]
-            raise UserError(f"{name} failed ({log}): {' '.join(said).strip() or f'exit status {status}'}")
+            said = [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.startswith(script)]
+            why = f"killed by signal {-status}" if status < 0 else said[-1] if said else f"exit status {status}"
+            raise UserError(f"{name}: {why} (all it said is in {log})")
 
     def all(self, functions):
         """{key: function that calls us} -> {key: what it returned}. The first failure, Ctrl-C or SIGTERM stops all of
@@ -194,7 +196,8 @@ def trained(workers, config, argv, checksum, *flags):
     (found,) = runs.read_json(folder / "reach" / "length.json").get("runs", {None: {}}).values()
     current = found.get("step") == config.max_steps and found.get("data_checksum", checksum) == checksum
     if saved != wanted or not current:  # a run told to go on has other settings before it has gone
-        workers.call(folder.name, "train.py", *argv, f"--seed={config.seed}", f"--out_dir={folder}")
+        quiet = "--length_targets=0"  # its closing table would be measured twice
+        workers.call(folder.name, "train.py", quiet, *argv, f"--seed={config.seed}", f"--out_dir={folder}")
     return measured(workers, folder.name, folder / "reach", folder, config.max_steps, checksum, *flags)
 
 
@@ -282,8 +285,8 @@ def main(argv):
     rest = {key: value for key, value in given.items() if key not in ours}
     found = contestants(words, [file for file in common if file], rest)
     out, seeds = Path(options.out_dir or "out/compare"), [options.seed + index for index in range(options.seeds)]
-    if (out / runs.CKPT).exists():
-        raise UserError(f"{out} holds a run; choose another folder with --out_dir")
+    if (out / runs.CKPT).exists() or out.is_file():
+        raise UserError(f"{out} is {'a file' if out.is_file() else 'a run'}; choose another folder with --out_dir")
     page, marks = Path(options.docs) / "results.md", (f"<!-- {out.name} -->\n", f"<!-- /{out.name} -->")
     if options.docs and not all(mark in page.read_text() for mark in marks):  # or the tables would replace all of it
         raise UserError(f"{page} has no place for the tables: the lines {marks[0].strip()} and {marks[1]}")
@@ -300,7 +303,9 @@ def main(argv):
     if first.dataset in tasks.TASKS and len({*own, *(config.train_length for _, config in every)}) > 1:
         raise UserError("train_length must be the same in all of them: tasks are measured at multiples of their own")
     checksum = data.open_dataset(first, tokenizer.load(first.tokenizer)).meta["data_checksum"]
-    (out / "logs").mkdir(parents=True, exist_ok=True)
+    lock = runs.lock(out / "logs")  # held until this process ends
+    if lock is None:
+        raise UserError(f"another comparison works in {out}: wait for its end, or choose another folder with --out_dir")
 
     workers = Workers(min(options.jobs, len(every)), device, out / "logs")
     flags = f"--targets={options.targets}", f"--train_length={T}"
@@ -308,6 +313,7 @@ def main(argv):
     untrained = list(jobs)
     for one, config in every:
         jobs[one.name, config.seed] = functools.partial(trained, workers, config, one.argv, checksum, *flags)
+    tqdm.write(f"{len(jobs)} runs, {workers.jobs} at once; what they say goes to {out}/logs", file=sys.stderr)
     results = workers.all(jobs)
 
     by_seed = {one.name: [results[one.name, seed] for seed in seeds] for one in found}

@@ -169,6 +169,11 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
         self.signal = number
 
+    def end(self):
+        """From here on there is nothing to save: they stop the process at once."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def asked(self):
         """The signal that any process got, or 0: all processes stop after the same step."""
         if self.group is None:

@@ -363,6 +363,9 @@ class Options:
         for key, path in (("table", self.table), ("picture", self.picture)):
             require(Path(path).parent.is_dir(), f"--{key}={path}: there is no folder {Path(path).parent}")
             require(not path or not Path(path).is_dir(), f"--{key}={path} is a folder; name a file in it")
+        page, mark = Path(self.table), f"<!-- {'frequencies' if self.frequencies else 'evaluate'} -->"
+        mine = not self.table or not page.exists() or mark in page.read_text(errors="replace")
+        require(mine, f"--table={page} has no line {mark}, so the table would replace all of it")
         out = Path(self.out_dir)
         require(not (out / runs.CKPT).exists(), f"--out_dir={out} holds a run; name another folder, {out}/reach say")
         require(out.is_dir() or not out.exists(), f"--out_dir={out} is a file; name a folder")

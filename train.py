@@ -253,6 +253,7 @@ def train(config, device):
         return 128 + asked
     if finished:
         log.say(f"{out} is finished ({step} steps); for more of them raise --max_steps")
+    stop.end()
     close(model, config, dataset, device, log, step)
     return 0
 

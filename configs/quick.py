@@ -2,4 +2,3 @@
 
 max_steps = 400
 eval_interval = 400
-length_targets = 0  # compare.py measures by itself

@@ -163,7 +163,7 @@ def test_mistakes_are_one_line(call_script, tmp_path, trained):
         (["rope", "--seeds=0"], "at least 1"),
         (["rope", "--common=nowhere.py"], "no config file nowhere.py"),
         (["rope", "--learning_rat=1"], "learning_rate"),
-        (["rope", f"--out_dir={trained}"], "holds a run"),
+        (["rope", f"--out_dir={trained}"], "is a run"),
     ):
         done = call_script("compare.py", *words)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

@@ -246,6 +246,7 @@ def test_the_command_refuses_in_one_line(trained, learned, call_script, tmp_path
         ([trained, "--picture=nowhere/a.png"], "no folder nowhere"),
         ([trained, "--table=nowhere/a.md"], "no folder nowhere"),
         ([trained, f"--table={trained}"], "is a folder"),
+        ([trained, f"--table={trained}/config.json"], "would replace all of it"),
         ([trained, "--picture=a.pdf"], "must end in .png"),
         ([trained, "--train_length=1000000"], "exceed the text"),
         ([learned, "--train_length=64"], "or the positions (16)"),

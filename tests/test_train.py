@@ -65,7 +65,7 @@ def test_a_run_leaves_what_other_programs_read(trained, corpus):
     assert state(out, "best.pt")["step"] == min(metrics(out, "val_loss").items(), key=lambda item: item[1])[0]
     lengths = json.loads((out / "length.json").read_text())
     assert lengths["train_length"] == 16
-    assert lengths["lengths"] == [8, 16, 24, 32, 64, 128]
+    assert lengths["lengths"] == [8, 16, 18, 20, 24, 32, 64, 128]
     assert len(lengths["loss"]) == 6
     assert list(metrics(out, "loss")) == list(range(1, 25))
     assert metrics(out, "loss")[24] < metrics(out, "loss")[1] - 1
