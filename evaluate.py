@@ -26,7 +26,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import device as devices
@@ -122,11 +121,6 @@ def reach(model, T, available, multiples=MULTIPLES):
     return lengths, [length for length in lengths if length <= model.max_length]
 
 
-def progress(total, title, device):
-    hidden = None if device.main else True
-    return tqdm(total=total, desc=title, unit=" tokens", unit_scale=True, leave=False, disable=hidden)
-
-
 def length_loss(model, dataset, device, count, multiples=MULTIPLES, T=0, **reading):
     """Loss of the same targets against context -> {"train_length", "lengths", "loss", ...}, as length.json holds it.
 
@@ -138,7 +132,7 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, T=0, **readi
     lengths, reached = reach(model, T, len(dataset.val), multiples)
     windows = long_windows(dataset, lengths[-1], scored, count)
     mine, losses = windows[device.rank :: device.world], []
-    with progress(len(mine) * sum(reached), "loss against context", device) as bar:
+    with report.progress(len(mine) * sum(reached), "loss against context", device) as bar:
         for length in reached:
             nats = 0.0
             for rows in batches(mine, at_once(model, length)):
@@ -173,7 +167,7 @@ def usual_losses(model, dataset, token_bytes, device, count, multiples=MULTIPLES
         bar.update(length // stride * found.numel())
         return found.double().mean().item()
 
-    with progress(3 * len(reached) * ids[:, 1:].size, "perplexity", device) as bar:
+    with report.progress(3 * len(reached) * ids[:, 1:].size, "perplexity", device) as bar:
         apart, sliding = ([loss(length, max(1, length // part)) for length in reached] for part in (1, 2))
     bits = [nats / bytes_per_token / math.log(2) for nats in apart]
     return {"non_overlapping": apart, "sliding": sliding, "bits_per_byte": bits}
@@ -185,7 +179,7 @@ def position_loss(model, dataset, device, count, T=0, **reading):
     T = T or model.config.train_length
     ids = stretches(dataset, int(min(8 * T, model.max_length, len(dataset.val) - 1)), count)
     losses = []
-    with progress(ids[:, 1:].size, "loss by position", device) as bar:
+    with report.progress(ids[:, 1:].size, "loss by position", device) as bar:
         for rows in batches(ids, at_once(model, ids.shape[1])):
             losses.append(token_losses(model, rows, ids.shape[1] - 1, device, **reading).double())
             bar.update(losses[-1].numel())

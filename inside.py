@@ -81,18 +81,14 @@ def attention(model, windows, device, lengths, chunk=512, budget=1 << 12, T=0):
     if reached and max(reached) >= windows.shape[1]:
         raise ValueError(f"windows of {windows.shape[1]} ids hold no {max(reached)} tokens and their last target")
     windows, by_layer = torch.as_tensor(windows), {name: [] for name in SPREAD}
-    bar = tqdm(
-        total=len(windows) * sum(reached), desc="attention", unit=" tokens", unit_scale=True, leave=False,
-        disable=None if device.main else True,
-    )  # fmt: skip
-    for length in reached:
-        last, total = min(wanted, length), 0.0
-        for rows in windows[:, -length - 1 : -1].split(max(1, budget // length)):
-            total = total + spread(model, rows.to(device.device), last, device, chunk)
-            bar.update(rows.numel())
-        for name, sums in zip(SPREAD, total / (len(windows) * last * model.config.n_head), strict=True):
-            by_layer[name].append(sums.tolist())
-    bar.close()
+    with report.progress(len(windows) * sum(reached), "attention", device) as bar:
+        for length in reached:
+            last, total = min(wanted, length), 0.0
+            for rows in windows[:, -length - 1 : -1].split(max(1, budget // length)):
+                total = total + spread(model, rows.to(device.device), last, device, chunk)
+                bar.update(rows.numel())
+            for name, sums in zip(SPREAD, total / (len(windows) * last * model.config.n_head), strict=True):
+                by_layer[name].append(sums.tolist())
     means = {name: [sum(layers) / len(layers) for layers in found] for name, found in by_layer.items()}
     return {"lengths": reached, **means, "by_layer": by_layer}
 

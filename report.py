@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import device as devices
 
@@ -83,6 +84,12 @@ def markdown(heads, rows):
     """Cells of text -> the lines of a Markdown table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
     return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
+
+
+def progress(total, title, device):
+    """A bar over so many tokens, on the main process alone."""
+    hidden = None if device.main else True
+    return tqdm(total=total, desc=title, unit=" tokens", unit_scale=True, leave=False, disable=hidden)
 
 
 def provenance(device):
