@@ -519,10 +519,11 @@ class RoPE(Encoding):
 
     def turn(self, x, pos, length=0):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = self.once((pos, dtype, length), lambda: self.table(pos, dtype, length))  # (T, dims) each
-        pairs = x[..., : self.dims].to(dtype)
-        turned = torch.addcmul(pairs * cos, pairs.roll(self.dims // 2, dims=-1), sin).to(x.dtype)
-        return turned if self.dims == self.head_dim else torch.cat((turned, x[..., self.dims :]), dim=-1)
+        cos, sin = self.once((pos, dtype, length), lambda: self.table(pos, dtype, length))  # (T, dims/2) each
+        a, b, rest = x.split((self.dims // 2, self.dims // 2, self.head_dim - self.dims), dim=-1)
+        a, b = a.to(dtype), b.to(dtype)
+        turned = (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
+        return torch.cat((*turned, rest), dim=-1)
 
     def frequency(self, length, dtype, device=None):
         """Frequencies (dims/2,) in a context of `length` tokens, 0 for pairs that stay; and the factor on cos, sin."""
@@ -534,8 +535,7 @@ class RoPE(Encoding):
     def table(self, pos, dtype, length):
         frequency, magnitude = self.frequency(length, dtype, pos.device)
         angle = pos[:, None].to(dtype) * frequency
-        cos, sin = angle.cos() * magnitude, angle.sin() * magnitude
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (x_m, x_{m+d/2}) and (-x_{m+d/2}, x_m)
+        return angle.cos() * magnitude, angle.sin() * magnitude
 
     # The scalings: frequencies (dims/2,), length of the context -> scaled frequencies, factor on cos and sin.
 
