@@ -9,7 +9,7 @@ BEGAN = time.perf_counter()  # "seconds" in metrics.jsonl count what a user wait
 
 # Threads of the CPU's OpenMP that wait for each other spin for milliseconds by default. As soon as anything else wants
 # a core, a step's thousand barriers cost a time slice each, and the step takes 10 to 25 times as long (docs/log.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 # glibc gives large blocks back to the system when they are freed, and a step's thousand tensors are then new pages, each
 # of them a fault: a fifth of the step. Keep them instead: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of its malloc.h.
