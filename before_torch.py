@@ -11,8 +11,8 @@ BEGAN = time.perf_counter()  # "seconds" in metrics.jsonl count what a user wait
 # a core, a step's thousand barriers cost a time slice each, and the step takes 10 to 25 times as long (docs/log.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
-# glibc gives large blocks back to the system when they are freed, and a step's thousand tensors are then new pages, each
-# of them a fault: a fifth of the step. Keep them instead: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of its malloc.h.
+# glibc gives large blocks back to the system when they are freed, so that a step's thousand tensors are new pages each
+# time, and a fault for every page is a fifth of the step. Keep them: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
 with contextlib.suppress(OSError, TypeError, AttributeError):  # other systems have no mallopt
     for parameter in (-1, -3):
         ctypes.CDLL(None).mallopt(parameter, 2**30)

@@ -1,7 +1,11 @@
 """Speed and memory of every encoding, in training and in cached decoding, at the training length T and at 16 T.
 
-    python bench.py                          # the default model
+    python bench.py                                    # every encoding, in the default model
     python bench.py configs/small_gpu.py --table=docs/bench.md
+    python bench.py --before=FOLDER                    # and a checkout of an earlier commit, by turns
+    python bench.py --growth=docs/growth               # what grows how fast, with pictures
+    python bench.py --race=NANOGPT --rounds=3          # training against a checkout of nanoGPT
+    python bench.py --decode=NANOGPT --rounds=3        # decoding against it, and against transformers if installed
 
 Encodings take turns, round after round, and each figure is the median of its rounds: machines drift, ratios within one
 run hold. Memory is the peak of a process of its own.
@@ -11,8 +15,11 @@ import before_torch  # noqa: F401  # isort: skip
 
 import concurrent.futures
 import dataclasses
+import json
+import math
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +32,7 @@ from tqdm import tqdm
 import configs
 import device as devices
 import optimizers
+import race
 import report
 import runs
 from configs import Config
@@ -47,6 +55,10 @@ class Bench(Config):
     rounds: int = 7  # times that every figure is taken
     decode_tokens: int = 16  # tokens decoded in a round
     table: str = ""  # also write the table to this Markdown file, with what made it
+    before: str = ""  # a checkout of an earlier commit, whose training steps take turns with ours
+    growth: str = ""  # time and memory as each size grows, with pictures whose names begin so
+    race: str = ""  # a checkout of nanoGPT: train its example for the CPU, and configs/shakespeare.py, by turns
+    decode: str = ""  # a checkout of nanoGPT: decode with it, with transformers (if installed) and with ours, by turns
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,13 +101,13 @@ def training_step(config, device):
     return step, tokens.numel()
 
 
-def decoder(config, device, context, count):
-    """A function that decodes `count` tokens after `context` ones from a cache."""
+def decoder(config, device, context, count, window=None):
+    """A function that decodes `count` tokens after `context` ones from a cache, with a window perhaps."""
     spec = ENCODINGS[config.posenc].unbounded if config.posenc in ENCODINGS else None
     model = runs.build(dataclasses.replace(config, posenc=spec or config.posenc), device.device).eval()
     context = min(context, model.max_length - count)
     tokens = torch.randint(config.vocab_size, (1, context), device=device.device)
-    cache = Cache(total=context + count)
+    cache = Cache(window, total=context + count)
     with torch.inference_mode(), device.autocast():
         for part in tokens.split(512, dim=1):
             model(part, cache=cache, last=1)
@@ -106,7 +118,8 @@ def decoder(config, device, context, count):
             for _ in range(count):
                 model(tokens[:, :1], cache=cache)
         device.synchronize()
-        cache.pos, cache.length, cache.next = cache.pos[:context], context, context  # as it was
+        if window is None:
+            cache.pos, cache.length, cache.next = cache.pos[:context], context, context  # as it was
 
     return decode
 
@@ -126,12 +139,24 @@ def median_times(functions, rounds):
 
 def peak_memory(config):
     """MiB at the peak of three training steps; of the whole process, so call it in one of its own."""
-    import resource  # Windows has none
-
     device = devices.choose(config.device, config.dtype)
     step, _ = training_step(config, device)
     for _ in range(3):
         step()
+    return peak(device)
+
+
+def decoding_memory(config, context, count, window):
+    """The same of decoding."""
+    device = devices.choose(config.device, config.dtype, inference=True)
+    decoder(config, device, context, count, window)()
+    return peak(device)
+
+
+def peak(device):
+    """MiB that this process, or its part of the GPU, held at most."""
+    import resource  # Windows has none
+
     if device.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -145,10 +170,8 @@ def in_own_process(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def main(argv):
-    _, settings = configs.parse(argv, Bench)
-    config = configs.make(Bench, settings)
-    config.vocab_size = config.vocab_size or tokenizer.load(config.tokenizer).n_vocab
+def every_encoding(config):
+    """The table of all encodings, and two lines: against recomputing, and against what products alone would take."""
     device = devices.choose(config.device, config.dtype)
     serving = devices.choose(config.device, config.dtype, inference=True)
     T, names = config.train_length, chosen(config.only)
@@ -161,8 +184,11 @@ def main(argv):
         for cell in tqdm(cells, "memory", disable=None, leave=False)
     }
     steps = {(name, n): training_step(variant(config, name, n), device) for name in names for n in lengths}
-    trained = median_times({key: step for key, (step, _) in steps.items()}, config.rounds)
-    speed = {key: steps[key][1] / seconds for key, seconds in trained.items()}
+    products = {("product", dtype): product(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = median_times({key: step for key, (step, _) in (steps | products).items()}, config.rounds)
+    speed = {key: steps[key][1] / seconds[key] for key in steps}
+    per_token = runs.build(config).flops_per_token()
+    peaks = {key[1]: products[key][1] / seconds[key] for key in products}
     del steps
     decoders = {
         (name, n): decoder(variant(config, name, T), serving, n, config.decode_tokens)
@@ -180,11 +206,26 @@ def main(argv):
         row += [f"{memory[name, n]:,.0f}" for n in lengths]
         rows.append(row)
     heads = f"train tokens/s at T = {T}", "/ none", long, "/ none", "decode ms/token at T", long, "train MiB at T", long
-    lines = [*report.markdown(["encoding", *heads], rows), "", against_recomputing(config, serving)]
-    print("\n".join(lines))
-    if config.table:
-        command = " ".join(["python bench.py", *argv])
-        report.write_table(config.table, "bench", lines, command, device.device, dtype=device.dtype_name)
+    reached = ", ".join(
+        f"{speed['none', T] * per_token / peak:.1%} of the {peak / 1e9:,.0f} that products of 4096 x 4096 reach in "
+        f"{str(dtype).removeprefix('torch.')}"
+        for dtype, peak in peaks.items()
+    )
+    return [
+        *report.markdown(["encoding", *heads], rows), "", against_recomputing(config, serving), "",
+        f"none trains at {speed['none', T] * per_token / 1e9:,.0f} GFLOP/s: {reached}",
+    ]  # fmt: skip
+
+
+def product(dtype, device, n=4096):
+    """A function that multiplies two matrices, and its floating-point operations."""
+    a = torch.randn(n, n, device=device.device).to(dtype)
+
+    def multiply():
+        a @ a
+        device.synchronize()
+
+    return multiply, 2 * n**3
 
 
 def against_recomputing(config, device):
@@ -205,6 +246,125 @@ def against_recomputing(config, device):
         f"rope, context of {CONTEXT}: {cached:.2f} ms/token from the cache, {anew:.2f} ms computing it anew: "
         f"{anew / cached:.0f} times"
     )
+
+
+# Answers questions on its standard input, one a line: the seconds of a training step of the checkout in its folder.
+STEPS = """
+import json, sys
+sys.path.insert(0, "")
+import before_torch, time, bench, configs, device
+config, here = configs.make(bench.Bench, json.loads(sys.argv[1])), device.choose("cpu")
+steps = {}
+for line in sys.stdin:
+    name, length = line.split()
+    if line not in steps:
+        steps[line] = bench.training_step(bench.variant(config, name, int(length)), here)[0]
+        steps[line]()
+    start = time.perf_counter()
+    steps[line]()
+    print(time.perf_counter() - start, flush=True)
+"""
+
+
+def before_and_after(config):
+    """Training steps of a checkout of an earlier commit and of this one, by turns -> lines of a table."""
+    if not (Path(config.before) / "bench.py").is_file():
+        raise UserError(
+            f"--before={config.before}: there is no bench.py in it; make one with git worktree add FOLDER COMMIT"
+        )
+    known = {field.name for field in dataclasses.fields(Config)}
+    given = json.dumps({key: value for key, value in dataclasses.asdict(config).items() if key in known})
+    folders = {"before": config.before, "after": Path(__file__).parent}
+    workers = {
+        key: subprocess.Popen(
+            [sys.executable, "-c", STEPS, given], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for key, folder in folders.items()
+    }
+
+    def seconds(key, name, length):
+        print(name, length, file=workers[key].stdin, flush=True)
+        answer = workers[key].stdout.readline()
+        if not answer:
+            raise UserError(f"the steps of {folders[key]} failed: see above")
+        return float(answer)
+
+    T, rows = config.train_length, []
+    for name in tqdm(chosen(config.only), "before and after", disable=None):
+        row = [name]
+        for length in (T, LONG * T):
+            pairs = [[seconds(key, name, length) for key in workers] for _ in range(config.rounds)]
+            old, new = (statistics.median(times) for times in zip(*pairs, strict=True))
+            ratio = statistics.median(before / after for before, after in pairs)
+            row += [f"{old * 1e3:,.0f}", f"{new * 1e3:,.0f}", f"{ratio:.2f}"]
+        rows.append(row)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    heads = [
+        f"{what} at {where}" for where in ("T", f"{LONG} T") for what in ("ms before", "ms after", "before / after")
+    ]
+    return report.markdown(["encoding", *heads], rows)
+
+
+# What grows, by which factors, and the exponents that time and memory of training may come to: attention is T^2 in time
+# alone, and a matrix has width^2 numbers.
+GROWTH = {
+    "train_length": ((1, 2, 4, 8, 16, 32), 2, 1),
+    "n_layer": ((1, 2, 4, 8), 1, 1),
+    "n_embd": ((1, 2, 4, 8), 2, 2),
+    "batch_size": ((1, 2, 4, 8, 16), 1, 1),
+}
+
+
+def growth(config):
+    """Time and memory as one size after another grows, of a training step and of decoding a token -> lines of a table,
+    and two pictures."""
+    base = dataclasses.replace(config, batch_size=4, micro_batch_size=0, length_schedule={})
+    device = devices.choose(config.device, config.dtype)
+    serving = devices.choose(config.device, config.dtype, inference=True)
+    curves = {}  # (what, size) -> factors, seconds, MiB, the exponents they may have
+    for key, (factors, *most) in tqdm(GROWTH.items(), "training", disable=None):
+        variants = {f: dataclasses.replace(base, **{key: f * getattr(base, key)}) for f in factors}
+        memory = [in_own_process(peak_memory, one) for one in variants.values()]
+        seconds = median_times({f: training_step(one, device)[0] for f, one in variants.items()}, config.rounds)
+        curves["training", key] = factors, list(seconds.values()), memory, most
+    factors, T, count = (1, 4, 16, 64, 256), config.train_length, config.decode_tokens
+    for window in (None, T):
+        spans = {f: decoder(base, serving, f * T, count, window) for f in factors}
+        seconds = median_times(spans, config.rounds)
+        memory = [in_own_process(decoding_memory, base, f * T, count, window) for f in factors]
+        name = "context, with a window" if window else "context"
+        curves["decoding", name] = factors, list(seconds.values()), memory, [0, 0] if window else [1, 1]
+    rows = []
+    for (what, key), (factors, seconds, memory, most) in curves.items():
+        step = math.log(factors[-1] / factors[-2])
+        found = [math.log(values[-1] / values[-2]) / step for values in (seconds, memory)]
+        cells = [f"{exponent:.2f} (at most {limit})" for exponent, limit in zip(found, most, strict=True)]
+        rows.append([what, key, f"x {factors[-2]} to x {factors[-1]}", *cells])
+    for index, (name, unit) in enumerate((("time", "seconds"), ("memory", "MiB")), start=1):
+        series = {f"{what}: {key}": (curve[0], curve[index]) for (what, key), curve in curves.items()}
+        report.lines(f"{config.growth}-{name}.png", series, "factor by which a size grew", unit, log_x=True, log_y=True)
+    return report.markdown(["", "what grows", "over the last step", "exponent of time", "exponent of memory"], rows)
+
+
+def main(argv):
+    _, settings = configs.parse(argv, Bench)
+    config = configs.make(Bench, settings)
+    config.vocab_size = config.vocab_size or tokenizer.load(config.tokenizer).n_vocab
+    asked = [name for name in KINDS if getattr(config, name)]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two measurements; take one at a time")
+    name = asked[0] if asked else "bench"
+    lines = KINDS.get(name, every_encoding)(config)
+    print("\n".join(lines))
+    if config.table:
+        device = devices.choose(config.device, config.dtype)
+        command = " ".join(["python bench.py", *argv])
+        report.write_table(config.table, name, lines, command, device.device, dtype=device.dtype_name)
+
+
+KINDS = {"before": before_and_after, "growth": growth, "race": race.run, "decode": race.decode}
 
 
 if __name__ == "__main__":

@@ -124,10 +124,11 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-def compiled(model, wanted, device):
+def compiled(model, wanted, device, decoding=False):
     """(the model, compiled if that is wanted and possible; a line that says why it is not, or None).
 
-    wanted: the setting `compile`, True, False or "auto", which means on CUDA.
+    wanted: the setting `compile`, True, False or "auto", which means on CUDA. decoding: for one token at a time, where
+    CUDA replays all of its kernels as one graph.
     """
     if wanted is False or (wanted == "auto" and device.type != "cuda"):
         return model, None
@@ -136,6 +137,8 @@ def compiled(model, wanted, device):
         return model, "no C++ compiler here: going on without torch.compile"
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         return model, "no triton here: going on without torch.compile"
+    if decoding:
+        return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None), None
     return torch.compile(model), None
 
 

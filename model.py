@@ -136,6 +136,30 @@ class Cache:
         self.length -= count
 
 
+class Slots(Cache):
+    """A cache whose tensors keep their shapes and places from token to token, as a compiled model and a CUDA graph need
+    it: room for `total` tokens from the start. It begins with what `cache` holds, takes one token at a time, whose
+    position has to be given, and keeps nothing but keys and values."""
+
+    def __init__(self, cache):
+        super().__init__(total=cache.total, log_n=cache.log_n)
+        self.length, self.pos = cache.total, torch.arange(cache.total, device=cache.pos.device)
+        for layer, held in cache.layers.items():
+            self.layers[layer] = {name: x.new_zeros(*x.shape[:2], cache.total, x.shape[3]) for name, x in held.items()}
+            for name, x in self.layers[layer].items():
+                x[:, :, : cache.length] = held[name][:, :, : cache.length]
+                torch._dynamo.mark_static_address(x)
+
+    def advance(self, pos, end):
+        self.new = pos
+        return self.pos
+
+    def append(self, layer, **new):
+        for name, x in new.items():
+            self.layers[layer][name].index_copy_(2, self.new, x)
+        return dict(self.layers[layer])
+
+
 class Memory:
     """Transformer-XL's recurrence (Dai et al. 2019, section 3.2): what entered every layer for the last segment,
     without its gradient. It stands before the next segment's tokens, so that keys and values reach back over it."""
@@ -416,7 +440,7 @@ class GPT(nn.Module):
             wanted = [None] * segments if targets is None else targets.chunk(segments, dim=1)
             pairs = zip(parts, wanted, strict=True)
             return torch.cat([self(x, y, memory=memory, watch=watch) for x, y in pairs], dim=1)
-        T = tokens.shape[1]
+        T, fixed = tokens.shape[1], isinstance(cache, Slots)
         if cache is not None:
             window, sinks, log_n = cache.window, cache.sinks, cache.log_n
         past = memory if cache is None else cache
@@ -424,13 +448,13 @@ class GPT(nn.Module):
             start = past.next if past is not None else 0
             pos, end = torch.arange(start, start + T, device=tokens.device), start + T
         else:
-            end = int(pos[-1]) + 1
+            end = cache.total if fixed else int(pos[-1]) + 1
         self.check_length(end)
         fresh = cache is None or cache.length == 0
         k_pos = past.advance(pos, end) if past is not None else pos
         length, limit = max(end, cache.total if cache else 0), window + sinks if window else math.inf
         # One query over a whole cache needs no mask at all, and a first call the kernel's own.
-        unmasked = window is None and (fresh or T == 1)
+        unmasked = window is None and (fresh or T == 1) and not fixed
         reach, trained = min(length, limit), max(2, self.config.sizes["train_length"])
         call = Call(
             pos=pos,
@@ -506,14 +530,15 @@ def draw(logits, temperature, top_k, top_p, generator):
 @torch.inference_mode()
 def generate(
     model, tokens, count, *, temperature=1.0, top_k=0, top_p=1.0, seed=0, window=None, sinks=0, log_n=False, crop=None,
-    forbidden=(), chunk=1024,
+    forbidden=(), chunk=1024, compiled=None,
 ):  # fmt: skip
     """Continue tokens (B, T >= 1): yields `count` times the next token of every sequence, (B,).
 
     window, sinks: attend to the last `window` tokens and the first `sinks` alone, over a cache that stays that small.
     log_n: see GPT.forward.
     crop: no cache; re-encode the last `crop` tokens from position 0 for every token. forbidden: ids never drawn. The
-    prompt enters in chunks of `chunk` tokens, which bounds the memory of its attention.
+    prompt enters in chunks of `chunk` tokens, which bounds the memory of its attention. compiled: the model as
+    torch.compile returned it, to which all tokens after the first go (no window, no crop).
     """
     generator = torch.Generator(tokens.device).manual_seed(seed)
     barred = torch.zeros(model.config.vocab_size, dtype=torch.bool)
@@ -522,13 +547,17 @@ def generate(
     cache, new = Cache(window, sinks, log_n, tokens.shape[1] + count - 1), tokens
     if crop is None:
         model.check_length(tokens.shape[1] + count - 1)
-    for _ in range(count):
+    forward, pos = model, None
+    for index in range(count):
+        if compiled and index == 1:  # the prompt is in the cache
+            forward, cache, pos = compiled, Slots(cache), cache.pos[-1:] + 1
         if crop is not None:
             tokens = tokens[:, -crop:]
             logits = model(tokens, last=1)
         else:
             for part in new.split(chunk, dim=1):
-                logits = model(part, cache=cache, last=1)
+                logits = forward(part, cache=cache, last=1, pos=pos)
+            pos = None if pos is None else pos + 1  # anew: encodings know a tensor of positions by itself
         logits = logits[:, -1].masked_fill(barred, -math.inf)
         new = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)
         if crop is not None:

@@ -55,6 +55,7 @@ class Encoding(nn.Module):
         cls.embeds = cls.embed is not Encoding.embed
         cls.biases = cls.bias is not Encoding.bias or cls.distance_bias is not Encoding.distance_bias
         cls.folds = cls.fold is not Encoding.fold
+        cls.keeps = cls.state is not Encoding.state
         cls.writes_out = cls.logits is not Encoding.logits or cls.values is not Encoding.values  # no fused kernel
         if cls.name:
             ENCODINGS[cls.name] = cls
@@ -973,7 +974,7 @@ class Randomized(Encoding):
 # What `randomized` takes from its inner encoding.
 DELEGATED = (
     "embed", "ffn", "rotate", "distance_bias", "bias", "fold", "state", "logits", "values",
-    "embeds", "biases", "folds", "writes_out", "shared", "chunk", "max_length", "way_out",
+    "embeds", "biases", "folds", "keeps", "writes_out", "shared", "chunk", "max_length", "way_out",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def slug(text):
     return re.sub(r"[^\w.]+", "-", text).strip("-")
 
 
-def lines(path, series, x_label, y_label, log_x=False, mark_x=None, dpi=150):
+def lines(path, series, x_label, y_label, log_x=False, log_y=False, mark_x=None, dpi=150):
     """series {name: (xs, ys)}, or (xs, ys, lows, highs) for a band around the line -> a PNG at `path`. mark_x draws a
     dashed vertical line, at the training length say."""
 
@@ -32,6 +32,8 @@ def lines(path, series, x_label, y_label, log_x=False, mark_x=None, dpi=150):
         if log_x:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if log_y:
+            axes.set_yscale("log")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if many:  # beside the curves, which leave no room

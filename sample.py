@@ -44,6 +44,7 @@ class Options:
     sinks: int = 0  # with a window, keep the first SINKS tokens in sight too
     log_n: bool = False  # multiply queries by ln n / ln T where they see n > T tokens
     crop: int = 0  # no cache: re-encode the last CROP tokens for every token; slow, and never past the training length
+    compile: bool = False  # compile first, which takes a while, for faster tokens after
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"  # of products; auto is bfloat16 on CUDA, float16 on older CUDA, else float32
 
@@ -54,6 +55,8 @@ class Options:
         require(self.samples >= 1, f"--samples must be at least 1, not {self.samples}")
         require(not (self.crop and self.window), "--crop and --window exclude each other")
         require(self.window or not self.sinks, "--sinks needs a --window")
+        plain = not (self.crop or self.window)
+        require(plain or not self.compile, "--compile keeps the whole context: leave out --window and --crop")
 
 
 class Stream:
@@ -105,6 +108,12 @@ def main(argv):
             raise UserError(f"--tokens={count}: {error}") from None
     elif options.crop > T:
         raise UserError(f"--crop={options.crop} is more than the training length; take --crop={T}")
+    keeps = [one.name for one in model.posenc if one.keeps]
+    if options.compile and keeps:
+        raise UserError(f"--compile: {keeps[0]} keeps more than keys and values for every token; leave out --compile")
+    forward, why_not = devices.compiled(model, options.compile, device.device, decoding=True)
+    if why_not:
+        print(why_not, file=sys.stderr)
     # What stands for no text is never drawn: padding of the vocabulary, special tokens.
     silent = [token for token, text in enumerate(tokenizer.token_bytes(encoding)) if not text]
     silent += range(encoding.n_vocab, config.vocab_size)
@@ -128,6 +137,7 @@ def main(argv):
                 model, tokens, count, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
                 seed=options.seed, window=options.window or None, sinks=options.sinks, log_n=options.log_n,
                 crop=options.crop or None, forbidden=[token for token in silent if token != end or not options.stop],
+                compiled=None if forward is model else forward,
             ):  # fmt: skip
                 drawn = new.tolist()
                 for index in sorted(open_texts):

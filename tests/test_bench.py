@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import torch
+from tiny import ROOT
 
 import bench
 from device import Device
@@ -44,6 +45,29 @@ def test_the_command_prints_and_writes_one_row_for_each_encoding(run_script, tmp
     assert all(float(cell.replace(",", "")) > 0 for row in rows[1:] for cell in row[1:])
     assert re.search(r"context of 1024: [\d.]+ ms/token from the cache", done.stdout)
     assert (tmp_path / "t.md").read_text().startswith(done.stdout.split("\n\n")[0])
+
+
+def test_steps_of_another_checkout_take_turns_with_ours():
+    lines = bench.before_and_after(dataclasses.replace(TINY, before=str(ROOT), only="alibi", rounds=2))
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["none", "alibi"]
+    assert all(float(cell.replace(",", "")) >= 0 for line in lines[2:] for cell in line.split("|")[2:-1])
+
+
+def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "GROWTH", {"n_layer": ((1, 2), 1, 1)})
+    monkeypatch.setattr(bench, "in_own_process", lambda function, *arguments: function(*arguments))
+    lines = bench.growth(dataclasses.replace(TINY, growth=str(tmp_path / "g"), rounds=1, decode_tokens=2))
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["n_layer", "context", "context, with a window"]
+    for name in ("time", "memory"):
+        assert (tmp_path / f"g-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_measurements_at_once_are_one_line(call_script):
+    done = call_script("bench.py", "--growth=g", "--before=x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    done = call_script("bench.py", "--before=nowhere")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "git worktree add" in done.stderr
 
 
 def test_an_unknown_encoding_is_one_line(call_script):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model as model_module
 import posenc
-from model import GPT, Cache, GPTConfig, attend, draw, generate, visible
+from model import GPT, Cache, GPTConfig, Slots, attend, draw, generate, visible
 from posenc import ENCODINGS
 
 T = 16
@@ -57,6 +57,20 @@ def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory
         assert cache.length <= 2 * (T + sinks) + 7
         assert max(x.shape[2] for held in cache.layers.values() for x in held.values()) <= 5 * (T + sinks)
     assert not torch.allclose(full, model(tokens))
+
+
+@pytest.mark.parametrize("spec", [spec for spec in [*UNBOUNDED, ["rope", "t5", "none"]] if spec != "fox"])
+def test_tokens_from_fixed_slots_equal_the_full_forward(spec):
+    model, tokens = make(spec), torch.randint(50, (2, 2 * T))
+    full, cache = model(tokens), Cache(total=2 * T)
+    model(tokens[:, : T - 3], cache=cache)
+    cache, pos = Slots(cache), torch.tensor([T - 3])
+    places = [x.data_ptr() for held in cache.layers.values() for x in held.values()]
+    for index in range(T - 3, 2 * T):
+        logits = model(tokens[:, index : index + 1], cache=cache, pos=pos)
+        assert torch.allclose(logits[:, 0], full[:, index], rtol=0, atol=1e-11)
+        pos = pos + 1
+    assert places == [x.data_ptr() for held in cache.layers.values() for x in held.values()]
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -345,3 +359,17 @@ def test_a_gpu_computes_what_the_cpu_does(spec):
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cuda", dtype):
             assert (model(tokens).float().cpu() - exact).abs().max() < 0.1 * exact.std() + 0.05
+
+
+def test_a_compiled_model_generates_the_same_text():
+    model, tokens = make("rope").float(), torch.randint(50, (2, T))
+    calls = []
+
+    def compiled(*arguments, **more):  # what torch.compile returns is called as the model is
+        calls.append(more["cache"])
+        return model(*arguments, **more)
+
+    plain, slots = (list(generate(model, tokens, 40, seed=1, compiled=way)) for way in (None, compiled))
+    assert torch.equal(torch.stack(plain), torch.stack(slots))
+    assert len(calls) == 39
+    assert all(cache is calls[0] and isinstance(cache, Slots) for cache in calls)

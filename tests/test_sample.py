@@ -68,6 +68,12 @@ def test_window_posenc_and_crop_reach_the_model(trained, call_script):
         assert text(done) != plain
 
 
+def test_compiled_text_is_the_same_text(trained, call_script):
+    plain, compiled = (call_script("sample.py", trained, "--tokens=40", *flags) for flags in ([], ["--compile"]))
+    assert compiled.returncode == 0, compiled.stderr
+    assert compiled.stdout.partition(" tokens in ")[0] == plain.stdout.partition(" tokens in ")[0]
+
+
 def test_a_learned_encoding_past_its_table_names_the_choices(learned, call_script):
     done = call_script("sample.py", learned, "--prompt=line ", "--tokens=40")
     assert done.returncode == 2
@@ -90,6 +96,7 @@ def test_a_learned_encoding_past_its_table_names_the_choices(learned, call_scrip
         (["--crop=99"], "--crop=16"),
         (["--crop=4", "--window=4"], "exclude"),
         (["--sinks=4"], "needs a --window"),
+        (["--compile", "--window=4"], "leave out --window"),
         (["--top_p=0"], "top_p"),
         (["--device=tpu"], "choose from auto"),
     ],

@@ -1,0 +1,281 @@
+"""The race against nanoGPT that `bench.py --race` runs: both learn the same characters on the CPU, by turns.
+
+Every checkpoint of both is measured by one function, in nats per character, in one pass over all of the validation
+text. The clock starts with the process: imports, compiling and evaluating count. nanoGPT's code is the user's checkout.
+"""
+
+import importlib.util
+import itertools
+import os
+import pickle
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import device as devices
+import report
+import runs
+from data import shakespeare
+from data.download import fetch
+from errors import UserError
+from model import generate
+
+# nanoGPT's own example for the CPU, from its README; the last flag only makes it keep every checkpoint.
+THEIRS = [
+    "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12",
+    "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
+    "--always_save_checkpoint=True",
+]  # fmt: skip
+OURS = {
+    "trainshort, 1/6 of the time": "configs/shakespeare.py",
+    "trainshort, the same time": "configs/shakespeare.py",
+    "trainshort, three minutes": "configs/shakespeare.py",
+}
+A100 = 1.4697  # what nanoGPT's README has its larger model reach in three minutes of an A100, with 256 of context
+CONTEXTS = (64, 256)  # characters
+# Runs a training script, and keeps each checkpoint's weights in a file named for its step and the seconds it took.
+DRIVER = """
+import runpy, sys, time
+from pathlib import Path
+began, folder, script = float(sys.argv[1]), sys.argv[2], sys.argv[3]
+sys.argv = sys.argv[3:]
+sys.path.insert(0, str(Path(script).parent))
+try:
+    import before_torch
+except ImportError:
+    pass
+import torch
+save = torch.save
+def keep(state, *where):
+    step = state["step"] if "step" in state else state["iter_num"]
+    if not list(Path(folder).glob(f"{step}-*")):
+        save({key: state[key] for key in ("model", "config", "model_args", "step") if key in state},
+             f"{folder}/{step}-{time.time() - began:.3f}.pt")
+    save(state, *where)
+torch.save = keep
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def train(words, work, **environment):
+    """Run a training command in the folder `work` -> ({step: (seconds, checkpoint)}, seconds to its end)."""
+    kept = Path(tempfile.mkdtemp(dir=work))
+    # Compiling starts from nothing, as it does for whoever tries it first.
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(kept / "compiled")} | environment
+    began = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(began), str(kept), *words],
+        cwd=work, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"{words[0]} failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
+    seconds = time.time() - began
+    files = {int(file.stem.partition("-")[0]): file for file in kept.glob("*.pt")}
+    return {step: (float(files[step].stem.partition("-")[2]), files[step]) for step in sorted(files)}, seconds
+
+
+@torch.inference_mode()
+def full_pass(losses, ids, context, at_once=64):
+    """Mean nats per token over all of ids (N,) but the first, in windows of `context` tokens side by side.
+
+    losses: inputs (B, T), targets (B, T) -> nats of all those targets together.
+    """
+    total, ids = 0.0, torch.as_tensor(ids)
+    whole = (len(ids) - 1) // context
+    inputs, targets = (x[: whole * context].view(-1, context) for x in (ids[:-1], ids[1:]))
+    for x, y in zip(inputs.split(at_once), targets.split(at_once), strict=True):
+        total += losses(x, y)
+    rest = slice(whole * context, None)
+    if len(ids[:-1][rest]):
+        total += losses(ids[:-1][rest][None], ids[1:][rest][None])
+    return total / (len(ids) - 1)
+
+
+def nanogpt(checkout):
+    """The module model.py of a checkout of nanoGPT."""
+    path = Path(checkout) / "model.py"
+    if not path.is_file():
+        raise UserError(f"there is no {path}; name a checkout of nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class NanoGPT:
+    """A checkout of nanoGPT, and its files of tokens made from `text` in the folder `work`."""
+
+    def __init__(self, checkout, text, work):
+        self.checkout, self.work, self.module = Path(checkout).resolve(), work, nanogpt(checkout)
+        letters = sorted(set(text))
+        self.ids = {letter: index for index, letter in enumerate(letters)}
+        folder = work / "data" / "shakespeare_char"
+        folder.mkdir(parents=True)
+        border = int(0.9 * len(text))
+        self.val = np.array([self.ids[letter] for letter in text[border:]])
+        np.array([self.ids[letter] for letter in text[:border]], np.uint16).tofile(folder / "train.bin")
+        self.val.astype(np.uint16).tofile(folder / "val.bin")
+        meta = {"vocab_size": len(letters), "itos": dict(enumerate(letters)), "stoi": self.ids}
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+        shutil.copy(self.checkout / "configurator.py", work)  # which train.py opens where it runs
+
+    def train(self):
+        config = self.checkout / "config" / "train_shakespeare_char.py"
+        return train([str(self.checkout / "train.py"), str(config), *THEIRS], self.work)
+
+    def loss(self, checkpoint, context):
+        state = torch.load(checkpoint, weights_only=True)
+        if context > state["model_args"]["block_size"]:
+            return None
+        model = self.module.GPT(self.module.GPTConfig(**state["model_args"])).eval()
+        model.load_state_dict(state["model"])
+        return full_pass(lambda x, y: model(x, y)[1].item() * y.numel(), self.val, context)
+
+
+class Trainshort:
+    """One of OURS, and the same text as bytes."""
+
+    def __init__(self, words, text, data_dir, work):
+        here = Path(__file__).resolve().parent
+        config, *flags = words.split()
+        self.words = [str(here / "train.py"), str(here / config), f"--data_dir={Path(data_dir).resolve()}", *flags]
+        self.val, self.work = np.frombuffer(text[int(0.9 * len(text)) :].encode(), np.uint8).astype(np.int64), work
+
+    def train(self):
+        out = tempfile.mkdtemp(dir=self.work)
+        return train([*self.words, "--device=cpu", "--length_targets=0", f"--out_dir={out}"], self.work)
+
+    def loss(self, checkpoint, context):
+        state = runs.load(checkpoint)
+        model = runs.build(runs.config_of(state)).eval()
+        if context > model.max_length:
+            return None
+        runs.load_weights(model, state)
+        return full_pass(lambda x, y: model(x, y).sum().item(), self.val, context)
+
+
+def reached(curve, goal):
+    """Seconds until a curve [(seconds, step, loss), ...] passed the goal; None where it did not, or has no losses."""
+    return next((seconds for seconds, _, loss in curve if loss is not None and loss <= goal), None)
+
+
+def spread(values, form):
+    """Median (least - most) of some numbers; a dash where one is None."""
+    if None in values:
+        return "-"
+    middle, low, high = (format(value, form) for value in (statistics.median(values), min(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} ({low} - {high})"
+
+
+def run(config):
+    """Rounds in which all contestants train by turns -> lines of Markdown, and {contestant: (seconds, losses)}."""
+    text = fetch(shakespeare.URL, f"{config.data_dir}/raw/tinyshakespeare.txt", shakespeare.SHA256).read_text()
+    with tempfile.TemporaryDirectory() as work:
+        contestants = {"nanoGPT": NanoGPT(config.race, text, Path(work))}
+        contestants |= {name: Trainshort(words, text, config.data_dir, Path(work)) for name, words in OURS.items()}
+        runs_of = {name: [] for name in contestants}
+        turns = [(name, one) for _ in range(config.rounds) for name, one in contestants.items()]
+        for name, one in tqdm(turns, "training", disable=None):
+            checkpoints, seconds = one.train()
+            curves = {
+                context: [(when, step, one.loss(file, context)) for step, (when, file) in checkpoints.items()]
+                for context in CONTEXTS
+            }
+            runs_of[name].append((curves, seconds))
+    return table(runs_of)
+
+
+def table(runs_of):
+    """{contestant: [({context: [(seconds, step, loss), ...]}, seconds in all), ...]} -> lines of Markdown."""
+    near, far = CONTEXTS
+    theirs = statistics.median(curves[near][-1][2] for curves, _ in runs_of["nanoGPT"])
+    goals = [(near, theirs), (far, 1.5), (far, A100)]
+    heads = ["", *(f"seconds to {goal:.4g}, {context} of context" for context, goal in goals)]
+    heads += [f"last loss, {near} of context", f"{far} of context", "seconds in all"]
+    rows, details = [], []
+    for name, rounds in runs_of.items():
+        row = [name]
+        row += [spread([reached(curves[context], goal) for curves, _ in rounds], ".1f") for context, goal in goals]
+        row += [spread([curves[context][-1][2] for curves, _ in rounds], ".4f") for context in CONTEXTS]
+        rows.append([*row, spread([seconds for _, seconds in rounds], ".1f")])
+        for point in zip(*(curves[near] for curves, _ in rounds), *(curves[far] for curves, _ in rounds), strict=True):
+            seconds, steps, losses = zip(*point, strict=True)
+            count = len(rounds)
+            found = [spread(losses[:count], ".4f"), spread(losses[count:], ".4f")]
+            details.append([name, str(steps[0]), spread(seconds[:count], ".1f"), *found])
+    more = ["", "step", "seconds", *(f"loss, {context} of context" for context in CONTEXTS)]
+    return [*report.markdown(heads, rows), "", *report.markdown(more, details)]
+
+
+def decoders(config, longest):
+    """{name: function of tokens (B, T) and a count, which decodes so many tokens and returns when it got each}, of
+    models of one shape: layers, heads, width, vocabulary."""
+    ours = runs.build(config).eval()
+    shape = {"vocab_size": config.vocab_size, "n_layer": config.n_layer, "n_head": config.n_head}
+    module = nanogpt(config.decode)
+    theirs = module.GPT(module.GPTConfig(block_size=longest, n_embd=config.n_embd, dropout=0.0, bias=False, **shape))
+
+    def watched(model, call):
+        """Times at which a model was called."""
+        times, hook = [], lambda *_: times.append(time.perf_counter())
+        handle = model.register_forward_pre_hook(hook)
+        with torch.inference_mode():
+            call()
+        handle.remove()
+        return times
+
+    forward, _ = devices.compiled(ours, True, torch.device("cpu"), decoding=True)
+
+    def stepwise(compiled):
+        return lambda tokens, count: [time.perf_counter() for _ in generate(ours, tokens, count, compiled=compiled)]
+
+    found = {
+        "trainshort": stepwise(None),
+        "compiled": stepwise(forward),
+        "nanoGPT": lambda tokens, count: watched(theirs, lambda: theirs.eval().generate(tokens, count)),
+    }
+    try:
+        import transformers
+    except ImportError:
+        return found
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.hidden,
+            num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, max_position_embeddings=longest,
+        )
+    ).eval()  # fmt: skip
+    given = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+    found["transformers"] = lambda tokens, count: watched(
+        llama, lambda: llama.generate(tokens, max_new_tokens=count, **given)
+    )
+    return found
+
+
+def decode(config):
+    """Tokens per second of decoding after contexts of T, 4 T and 16 T -> lines of Markdown."""
+    T, count = config.train_length, config.decode_tokens
+    contexts = [T, 4 * T, 16 * T]
+    contestants, rows = decoders(config, contexts[-1] + count), []
+    for context, batch in tqdm([(n, b) for n in contexts for b in (1, 16)], "decoding", disable=None):
+        tokens, speeds = torch.randint(config.vocab_size, (batch, context)), {name: [] for name in contestants}
+        for _ in range(config.rounds):
+            for name, call in contestants.items():
+                times = call(tokens, count)[2:]  # the first took in the context, the second may have compiled
+                gaps = [after - before for before, after in itertools.pairwise(times)]
+                speeds[name].append(batch / statistics.median(gaps))
+        middle = {name: statistics.median(each) for name, each in speeds.items()}
+        best = max(middle["trainshort"], middle["compiled"])
+        rows.append(
+            [str(context), str(batch), *(f"{speed:,.0f}" for speed in middle.values())]
+            + [f"{best / speed:.1f}" for name, speed in middle.items() if name not in ("trainshort", "compiled")]
+        )
+    others = [f"best / {name}" for name in contestants if name not in ("trainshort", "compiled")]
+    return report.markdown(["context", "batch", *contestants, *others], rows)

@@ -1,0 +1,114 @@
+"""The race measures both sides alike. The other side is a stand-in here: a script and a model of known loss."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import bench
+import race
+from errors import UserError
+
+TEXT = "".join(chr(97 + n * n % 23) for n in range(4000))
+MODEL = """
+import math, torch
+from dataclasses import dataclass
+@dataclass
+class GPTConfig:
+    block_size: int = 64
+    vocab_size: int = 23
+    n_layer: int = 1
+    n_head: int = 1
+    n_embd: int = 1
+    dropout: float = 0.0
+    bias: bool = False
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.level = torch.nn.Parameter(torch.zeros(()))
+    def forward(self, x, y=None):  # says the right token with a probability that its one weight decides
+        return None, self.level.sigmoid().log().neg()
+    def generate(self, tokens, count):
+        for _ in range(count):
+            self(tokens)
+"""
+TRAIN = """
+import sys, torch
+exec(open("configurator.py").read())
+assert sys.argv[1].endswith("train_shakespeare_char.py") and "--max_iters=2000" in sys.argv
+for step in (10, 20):
+    weights, shape = {"level": torch.tensor(step / 10)}, {"vocab_size": 23, "block_size": 64}
+    torch.save({"model": weights, "iter_num": step, "model_args": shape, "config": {}}, "ckpt.pt")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    folder = tmp_path / "theirs"
+    (folder / "config").mkdir(parents=True)
+    (folder / "model.py").write_text(MODEL)
+    (folder / "train.py").write_text(TRAIN)
+    (folder / "configurator.py").write_text("")
+    (folder / "config" / "train_shakespeare_char.py").write_text("")
+    return folder
+
+
+def test_a_full_pass_scores_every_token_but_the_first_once():
+    seen = []
+
+    def losses(x, y):
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        seen.extend(y.flatten().tolist())
+        return float(y.sum())
+
+    ids = torch.arange(1000) % 7
+    assert race.full_pass(losses, ids, 64, at_once=3) == float(ids[1:].sum()) / 999
+    assert sorted(seen) == sorted(ids[1:].tolist())
+    assert race.full_pass(losses, ids[:65], 64) == float(ids[1:65].sum()) / 64  # no rest
+
+
+def test_the_race_prints_both_sides(checkout, tmp_path, monkeypatch):
+    monkeypatch.setattr(race, "fetch", lambda *_: checkout.parent / "text.txt")
+    monkeypatch.setattr(race, "THEIRS", ["--max_iters=2000"])
+    (checkout.parent / "text.txt").write_text(TEXT)
+    flags = f"--text={checkout.parent}/text.txt --dataset=text --max_steps=4 --eval_interval=2 --checkpoint_interval=2"
+    small = "--n_layer=1 --n_embd=16 --n_head=2 --train_length=64 --batch_size=2 --compile=false"
+    monkeypatch.setattr(race, "OURS", {"trainshort": f"configs/shakespeare.py {flags} {small}"})
+    config = bench.Bench(race=str(checkout), rounds=2, data_dir=str(tmp_path / "data"))
+    lines = race.run(config)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    theirs = {row[1]: row for row in rows if row[0] == "nanoGPT" and len(row) == 5}
+    for step in (10, 20):
+        loss = math.log1p(math.exp(-step / 10))
+        assert theirs[str(step)][3].startswith(f"{loss:.4f}")
+        assert theirs[str(step)][4] == "-"  # its positions end at 64
+    ours = [row for row in rows if row[0] == "trainshort" and len(row) == 5]
+    assert [row[1] for row in ours] == ["2", "4"]
+    for row in ours:
+        seconds = [float(number) for number in re.findall(r"[\d.]+", row[2])]
+        assert 0 < seconds[1] <= seconds[0] <= seconds[2] < 300
+        assert 2 < float(row[3].split()[0]) < math.log(257) + 1
+
+
+def test_a_goal_is_reached_at_the_first_checkpoint_below_it():
+    curve = [(1.0, 10, 2.0), (2.0, 20, 1.5), (3.0, 30, 1.6)]
+    assert race.reached(curve, 1.7) == 2.0
+    assert race.reached(curve, 1.4) is None
+    assert race.spread([3.0, 1.0, 2.0], ".1f") == "2.0 (1.0 - 3.0)"
+    assert race.spread([3.0, None], ".1f") == "-"
+
+
+def test_what_is_no_checkout_of_nanogpt_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"there is no .*model\.py"):
+        race.nanogpt(tmp_path)
+
+
+def test_decoding_is_timed_for_every_contestant(checkout, monkeypatch):
+    monkeypatch.setattr(race.devices, "compiled", lambda model, *_, **__: (model, None))
+    config = bench.Bench(
+        decode=str(checkout), rounds=1, decode_tokens=5, train_length=4, n_layer=1, n_embd=16, n_head=2, vocab_size=20
+    )
+    lines = race.decode(config)
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["4", "4", "16", "16", "64", "64"]
+    assert all(float(cell.replace(",", "")) > 0 for line in lines[2:] for cell in line.strip("|").split("|")[2:5])
