@@ -549,7 +549,7 @@ def generate(
         model.check_length(tokens.shape[1] + count - 1)
     forward, pos = model, None
     for index in range(count):
-        if compiled and index == 1:  # the prompt is in the cache
+        if compiled is not None and index == 1:  # the prompt is in the cache
             forward, cache, pos = compiled, Slots(cache), cache.pos[-1:] + 1
         if crop is not None:
             tokens = tokens[:, -crop:]
