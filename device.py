@@ -131,12 +131,18 @@ def compiled(model, wanted, device):
     """
     if wanted is False or (wanted == "auto" and device.type != "cuda"):
         return model, None
+    missing = no_compiler(device)
+    return (model, f"{missing} here: going on without torch.compile") if missing else (torch.compile(model), None)
+
+
+def no_compiler(device):
+    """What torch.compile lacks on this machine, in words, or None."""
     compilers = ("CXX", "g++", "clang++", "cl") if device.type == "cpu" else ("CC", "cc", "gcc", "clang")
     if not any(shutil.which(os.environ.get(name, name)) for name in compilers):
-        return model, "no C++ compiler here: going on without torch.compile"
+        return "no C++ compiler"
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
-        return model, "no triton here: going on without torch.compile"
-    return torch.compile(model), None
+        return "no triton"
+    return None
 
 
 # Peak of dense bfloat16 products in FLOP/s, from the vendor's data sheets.

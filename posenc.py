@@ -55,6 +55,8 @@ class Encoding(nn.Module):
         cls.embeds = cls.embed is not Encoding.embed
         cls.biases = cls.bias is not Encoding.bias or cls.distance_bias is not Encoding.distance_bias
         cls.folds = cls.fold is not Encoding.fold
+        # A table of distances holds the bias, and those are distances between tokens.
+        cls.by_distance = cls.distance_bias is not Encoding.distance_bias and cls.positions is Encoding.positions
         cls.writes_out = cls.logits is not Encoding.logits or cls.values is not Encoding.values  # no fused kernel
         if cls.name:
             ENCODINGS[cls.name] = cls
@@ -119,7 +121,8 @@ class Encoding(nn.Module):
         return q, k
 
     def distance_bias(self, n):
-        """n >= 0, int64 of any shape -> (H, *n.shape), added to the logits after their division by sqrt(D)."""
+        """n >= 0, int64 of any shape -> (H, *n.shape), added to the logits after their division by sqrt(D). Whoever
+        overrides it promises that `bias` is nothing else: on a GPU a kernel may read it from a table."""
 
     def bias(self, q_pos, k_pos):
         """q_pos (T,), k_pos (S,) -> (H, T, S) added to the logits. The causal mask is not its business."""
