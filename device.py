@@ -54,6 +54,12 @@ class Device:
         dist.all_reduce(total)
         return tuple(total.tolist())
 
+    def send(self, x):
+        """x there. To CUDA it goes from pinned memory, all of a piece: else the copy waits for the GPU's queue to end."""
+        if self.device.type == "cuda":
+            return x.contiguous().pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device)
+
     def synchronize(self):
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()

@@ -965,7 +965,9 @@ class Randomized(Encoding):
         self.inner.init_parameter(name.removeprefix("inner."), parameter, generator)
 
     def redraw(self, length, generator, device):
-        self.drawn = torch.randperm(self.length, generator=generator)[:length].sort().values.to(device)
+        drawn = torch.randperm(self.length, generator=generator)[:length].sort().values
+        # Else the copy waits until the GPU has done all it was given.
+        self.drawn = drawn.to(device, non_blocking=torch.device(device).type == "cuda")
 
     def positions(self, pos, length):
         if self.training and self.drawn is not None:
