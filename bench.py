@@ -2,6 +2,7 @@
 
     python bench.py                          # the default model
     python bench.py configs/small_gpu.py --table=docs/bench.md
+    python bench.py --gpu                    # gpu.py's table, of one NVIDIA GPU
 
 Encodings take turns, round after round, and each figure is the median of its rounds: machines drift, ratios within one
 run hold. Memory is the peak of a process of its own.
@@ -47,10 +48,15 @@ class Bench(Config):
     rounds: int = 7  # times that every figure is taken
     decode_tokens: int = 16  # tokens decoded in a round
     table: str = ""  # also write the table to this Markdown file, with what made it
+    gpu: bool = False  # measure one NVIDIA GPU instead, with configs/gpt2.py's model: gpu.py
+    nanogpt: str = ""  # a checkout of nanoGPT, whose model --gpu measures too
 
     def __post_init__(self):
         super().__post_init__()
         require(Path(self.table).parent.is_dir(), f"--table={self.table}: there is no folder {Path(self.table).parent}")
+        require(self.gpu or not self.nanogpt, "--nanogpt=PATH goes with --gpu")
+        found = not self.nanogpt or (Path(self.nanogpt) / "model.py").is_file()
+        require(found, f"--nanogpt={self.nanogpt}: there is no model.py in it")
 
 
 def chosen(only):
@@ -70,23 +76,24 @@ def variant(config, name, length):
     )
 
 
-def training_step(config, device):
-    """A function that trains one step on random tokens, and the number of those."""
+def training_step(config, device, steps=1):
+    """A function that trains so many steps on random tokens before it waits for the GPU, and the number of those."""
     model = runs.build(config, device.device)
     updaters = optimizers.make(model, config, device)
     forward, _ = devices.compiled(model, config.compile, device.device)
     tokens = torch.randint(config.vocab_size, (config.batch_size, config.train_length), device=device.device)
 
     def step():
-        with device.autocast():
-            loss = forward(tokens, tokens).mean()
-        loss.backward()
-        for updater in updaters:
-            updater.step()
-            updater.zero_grad(set_to_none=True)
+        for _ in range(steps):
+            with device.autocast():
+                loss = forward(tokens, tokens).mean()
+            loss.backward()
+            for updater in updaters:
+                updater.step()
+                updater.zero_grad(set_to_none=True)
         device.synchronize()
 
-    return step, tokens.numel()
+    return step, steps * tokens.numel()
 
 
 def decoder(config, device, context, count):
@@ -147,9 +154,19 @@ def in_own_process(function, *arguments):
 
 def main(argv):
     _, settings = configs.parse(argv, Bench)
+    if settings.get("gpu"):
+        _, settings = configs.parse([str(Path(configs.__file__).with_name("gpt2.py")), *argv], Bench)
     config = configs.make(Bench, settings)
     config.vocab_size = config.vocab_size or tokenizer.load(config.tokenizer).n_vocab
     device = devices.choose(config.device, config.dtype)
+    torch._dynamo.config.recompile_limit = 256  # or the ninth model, and all after it, would not be compiled
+    if config.gpu:
+        import gpu  # which measures with what is defined here
+
+        gpu.need_cuda(device)
+        return show(
+            gpu.measure(config, device, chosen(config.only) if config.only else gpu.NAMES), config, argv, device
+        )
     serving = devices.choose(config.device, config.dtype, inference=True)
     T, names = config.train_length, chosen(config.only)
     lengths = (T, LONG * T)
@@ -181,6 +198,11 @@ def main(argv):
         rows.append(row)
     heads = f"train tokens/s at T = {T}", "/ none", long, "/ none", "decode ms/token at T", long, "train MiB at T", long
     lines = [*report.markdown(["encoding", *heads], rows), "", against_recomputing(config, serving)]
+    show(lines, config, argv, device)
+
+
+def show(lines, config, argv, device):
+    """Print a table, and write it where it was asked for."""
     print("\n".join(lines))
     if config.table:
         command = " ".join(["python bench.py", *argv])

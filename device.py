@@ -55,7 +55,7 @@ class Device:
         return tuple(total.tolist())
 
     def send(self, x):
-        """x there. To CUDA it goes from pinned memory, all of a piece: else the copy waits for the GPU's queue to end."""
+        """x there. To CUDA it goes from pinned memory, in one piece: else the copy waits for all the GPU does."""
         if self.device.type == "cuda":
             return x.contiguous().pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device)
