@@ -3,8 +3,8 @@
     python bench.py --gpu --table=docs/gpu.md
     python bench.py --gpu --nanogpt=../nanoGPT
 
-The model is that of configs/gpt2.py, with rope and AdamW; flags change its sizes. A figure that cannot be had leaves its cell empty and a
-line below the tables that says why; so does one that was not begun in the first MINUTES.
+The model is that of configs/gpt2.py, with rope and AdamW; flags change its sizes. A figure that cannot be had leaves
+its cell empty and a line below the tables that says why; so does one that was not begun in the first MINUTES.
 """
 
 import contextlib
