@@ -6,6 +6,7 @@
     python bench.py --growth=docs/growth               # what grows how fast, with pictures
     python bench.py --race=NANOGPT --rounds=3          # training against a checkout of nanoGPT
     python bench.py --decode=NANOGPT --rounds=3        # decoding against it, and against transformers if installed
+    python bench.py --gpu                              # what one NVIDIA GPU does: gpu.py
 
 Encodings take turns, round after round, and each figure is the median of its rounds: machines drift, ratios within one
 run hold. Memory is the peak of a process of its own.
@@ -59,10 +60,15 @@ class Bench(Config):
     growth: str = ""  # time and memory as each size grows, with pictures whose names begin so
     race: str = ""  # a checkout of nanoGPT: train its example for the CPU, and configs/shakespeare.py, by turns
     decode: str = ""  # a checkout of nanoGPT: decode with it, with transformers (if installed) and with ours, by turns
+    gpu: bool = False  # measure one NVIDIA GPU instead, with configs/gpt2.py's model: gpu.py
+    nanogpt: str = ""  # a checkout of nanoGPT, whose model --gpu measures too
 
     def __post_init__(self):
         super().__post_init__()
         require(Path(self.table).parent.is_dir(), f"--table={self.table}: there is no folder {Path(self.table).parent}")
+        require(self.gpu or not self.nanogpt, "--nanogpt=PATH goes with --gpu")
+        found = not self.nanogpt or (Path(self.nanogpt) / "model.py").is_file()
+        require(found, f"--nanogpt={self.nanogpt}: there is no model.py in it")
 
 
 def chosen(only):
@@ -82,23 +88,24 @@ def variant(config, name, length):
     )
 
 
-def training_step(config, device):
-    """A function that trains one step on random tokens, and the number of those."""
+def training_step(config, device, steps=1):
+    """A function that trains so many steps on random tokens before it waits for the GPU, and the number of those."""
     model = runs.build(config, device.device)
     updaters = optimizers.make(model, config, device)
     forward, _ = devices.compiled(model, config.compile, device.device)
     tokens = torch.randint(config.vocab_size, (config.batch_size, config.train_length), device=device.device)
 
     def step():
-        with device.autocast():
-            loss = forward(tokens, tokens).mean()
-        loss.backward()
-        for updater in updaters:
-            updater.step()
-            updater.zero_grad(set_to_none=True)
+        for _ in range(steps):
+            with device.autocast():
+                loss = forward(tokens, tokens).mean()
+            loss.backward()
+            for updater in updaters:
+                updater.step()
+                updater.zero_grad(set_to_none=True)
         device.synchronize()
 
-    return step, tokens.numel()
+    return step, steps * tokens.numel()
 
 
 def decoder(config, device, context, count, window=None):
@@ -348,14 +355,25 @@ def growth(config):
     return report.markdown(["", "what grows", "over the last step", "exponent of time", "exponent of memory"], rows)
 
 
+def one_gpu(config):
+    import gpu  # which measures with what is defined here
+
+    device = devices.choose(config.device, config.dtype)
+    gpu.need_cuda(device)
+    return gpu.measure(config, device, chosen(config.only) if config.only else gpu.NAMES)
+
+
 def main(argv):
     _, settings = configs.parse(argv, Bench)
+    if settings.get("gpu"):
+        _, settings = configs.parse([str(Path(configs.__file__).with_name("gpt2.py")), *argv], Bench)
     config = configs.make(Bench, settings)
     config.vocab_size = config.vocab_size or tokenizer.load(config.tokenizer).n_vocab
     asked = [name for name in KINDS if getattr(config, name)]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two measurements; take one at a time")
     name = asked[0] if asked else "bench"
+    torch._dynamo.config.recompile_limit = 256  # or the ninth model, and all after it, would not be compiled
     lines = KINDS.get(name, every_encoding)(config)
     print("\n".join(lines))
     if config.table:
@@ -364,7 +382,7 @@ def main(argv):
         report.write_table(config.table, name, lines, command, device.device, dtype=device.dtype_name)
 
 
-KINDS = {"before": before_and_after, "growth": growth, "race": race.run, "decode": race.decode}
+KINDS = {"before": before_and_after, "growth": growth, "race": race.run, "decode": race.decode, "gpu": one_gpu}
 
 
 if __name__ == "__main__":

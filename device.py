@@ -54,6 +54,12 @@ class Device:
         dist.all_reduce(total)
         return tuple(total.tolist())
 
+    def send(self, x):
+        """x there. To CUDA it goes from pinned memory, in one piece: else the copy waits for all the GPU does."""
+        if self.device.type == "cuda":
+            return x.contiguous().pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device)
+
     def synchronize(self):
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
@@ -132,14 +138,21 @@ def compiled(model, wanted, device, decoding=False):
     """
     if wanted is False or (wanted == "auto" and device.type != "cuda"):
         return model, None
-    compilers = ("CXX", "g++", "clang++", "cl") if device.type == "cpu" else ("CC", "cc", "gcc", "clang")
-    if not any(shutil.which(os.environ.get(name, name)) for name in compilers):
-        return model, "no C++ compiler here: going on without torch.compile"
-    if device.type == "cuda" and not importlib.util.find_spec("triton"):
-        return model, "no triton here: going on without torch.compile"
+    if missing := no_compiler(device):
+        return model, f"{missing} here: going on without torch.compile"
     if decoding:
         return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None), None
     return torch.compile(model), None
+
+
+def no_compiler(device):
+    """What torch.compile lacks on this machine, in words, or None."""
+    compilers = ("CXX", "g++", "clang++", "cl") if device.type == "cpu" else ("CC", "cc", "gcc", "clang")
+    if not any(shutil.which(os.environ.get(name, name)) for name in compilers):
+        return "no C++ compiler"
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        return "no triton"
+    return None
 
 
 # Peak of dense bfloat16 products in FLOP/s, from the vendor's data sheets.

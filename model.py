@@ -14,11 +14,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+import device as devices
 import posenc
 
 CHUNK = 256  # queries whose logits are computed at once; in longer windows, gradients compute them anew
+BLOCK = 128  # queries, and keys, that flex_attention skips or masks together
 
 
 @dataclass
@@ -185,7 +188,8 @@ class Call:
 
     pos: torch.Tensor  # (T,) indices of this call's tokens
     k_pos: torch.Tensor  # (S,) of the keys, whose last are this call's
-    seen: torch.Tensor | None  # (T, S) bool; None where every key up to the query's own is seen
+    # (T, S) bool; None where every key up to the query's own is seen, and positions follow one another
+    seen: torch.Tensor | None
     near: torch.Tensor | None  # (T,) where queries stand for sinks that lie before a window
     sinks: int
     length: int  # tokens in the whole context
@@ -203,28 +207,81 @@ def visible(q_pos, k_pos, window=None, sinks=0):
     return seen if window is None else seen & ((n < window) | (k_pos < sinks))
 
 
-def kernel(encoding, q, seen, sunk, keys):
+def kernel(encoding, q, seen, sunk, keys, dropout):
     """How attention of q (B, H, T, D) over so many keys is computed: "fused", "folded", "biased" (the fused kernel with
-    a mask of numbers) or "written out". In half precision the kernel would round biases, which merges distances; and
-    on the CPU the one for bfloat16 is several times slower than plain products."""
+    a mask of numbers), "flex" (a kernel made for biases by distance) or "written out". In half precision the fused
+    kernel would round biases, which merges distances; and on the CPU the one for bfloat16 is several times slower than
+    plain products."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     if encoding.writes_out or sunk is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         return "written out"
     if not encoding.biases:
         return "fused"
-    if half and encoding.folds and seen is None and q.shape[2] == keys:
-        return "folded"
+    if half and seen is None and q.shape[2] == keys:
+        if encoding.folds:
+            return "folded"
+        if encoding.by_distance and not dropout and flexes(q):
+            return "flex"
     return "written out" if half else "biased"
+
+
+def flexes(q):
+    """Whether flex_attention takes q (B, H, T, D). It is compiled for every T, so for whole blocks alone."""
+    able = q.is_cuda and q.shape[2] % BLOCK == 0 and 16 <= q.shape[3] <= 256
+    return able and (torch.compiler.is_compiling() or compiled_flex() is not None)
+
+
+@functools.cache
+def compiled_flex():
+    """flex_attention for models that are not compiled themselves; None where nothing compiles. Its eager form would
+    make (T, T) of all, and so would a compiled one that gave up after the usual eight lengths."""
+    if devices.no_compiler(torch.device("cuda")):
+        return None
+    return torch._dynamo.config.patch(recompile_limit=64)(torch.compile(flex_attention, dynamic=False))
+
+
+def causal(b, h, i, j):
+    return i >= j
+
+
+def triangle(T, device):
+    """flex_attention's causal mask of T tokens, T a multiple of BLOCK. Its own way to make one starts from (T, T)."""
+    i = torch.arange(T // BLOCK, device=device, dtype=torch.int32)  # row i: block i is masked, those before it are full
+    diagonal, before = i[:, None].expand(-1, len(i)), i.expand(len(i), -1)
+    counted = (torch.ones_like(i), diagonal, i, before)
+    return BlockMask.from_kv_blocks(*(x[None, None].contiguous() for x in counted), BLOCK, causal, seq_lengths=(T, T))
+
+
+@functools.lru_cache(maxsize=8)
+def kept_triangle(T, device, inference):
+    """The same, kept; and apart for inference_mode, whose tensors gradients cannot use."""
+    return triangle(T, device)
+
+
+def flex(encoding, q, k, v):
+    """`attend` for T = S and a bias by distance alone: the kernel adds it in float32, and makes nothing of (T, T)."""
+    T = q.shape[2]
+    table = encoding.distance_bias(torch.arange(T, device=q.device)).contiguous()  # (H, T)
+    if torch.compiler.is_compiling():
+        attention, mask = flex_attention, triangle(T, q.device)
+    else:
+        attention, mask = compiled_flex(), kept_triangle(T, q.device, torch.is_inference_mode_enabled())
+    return attention(
+        q, k, v, scale=q.shape[-1] ** -0.5, enable_gqa=q.shape[1] != k.shape[1], block_mask=mask,
+        score_mod=lambda score, b, h, i, j: score + table[h, (i - j).abs()],  # later keys: any entry, never seen
+    )  # fmt: skip
 
 
 def attend(encoding, q, k, v, q_pos, k_pos, seen=None, sunk=None, dropout=0.0, state=None):
     """Attention of queries (B, H, T, D) over keys and values (B, H_kv, S, D) -> (B, H, T, D).
 
     q and k are as `encoding.rotate` left them. seen (T, S) bool; None means keys up to the query's own, the queries
-    being the last T of the tokens. sunk: (q, k, positions (T,), which keys are sinks (S,)) for keys met at other
-    distances. state: what the encoding keeps for every key.
+    being the last T of the tokens, whose positions follow one another. sunk: (q, k, positions (T,), which keys are
+    sinks (S,)) for keys met at other distances. state: what the encoding keeps for every key.
     """
-    how, T, S = kernel(encoding, q, seen, sunk, len(k_pos)), len(q_pos), len(k_pos)
+    how, T, S = kernel(encoding, q, seen, sunk, len(k_pos), dropout), len(q_pos), len(k_pos)
+    if how == "flex":
+        return flex(encoding, q, k, v)
     chunk = min(CHUNK, encoding.chunk) if q.device.type == "cpu" else CHUNK
     if how in ("fused", "folded") or chunk >= T:
         return attend_at_once(encoding, how, q, k, v, q_pos, k_pos, seen, sunk, dropout, state or {})
@@ -443,8 +500,8 @@ class GPT(nn.Module):
         T, fixed = tokens.shape[1], isinstance(cache, Slots)
         if cache is not None:
             window, sinks, log_n = cache.window, cache.sinks, cache.log_n
-        past = memory if cache is None else cache
-        if pos is None:
+        past, consecutive = memory if cache is None else cache, pos is None
+        if consecutive:
             start = past.next if past is not None else 0
             pos, end = torch.arange(start, start + T, device=tokens.device), start + T
         else:
@@ -454,7 +511,7 @@ class GPT(nn.Module):
         k_pos = past.advance(pos, end) if past is not None else pos
         length, limit = max(end, cache.total if cache else 0), window + sinks if window else math.inf
         # One query over a whole cache needs no mask at all, and a first call the kernel's own.
-        unmasked = window is None and (fresh or T == 1) and not fixed
+        unmasked = window is None and not fixed and (T == 1 or (fresh and consecutive))
         reach, trained = min(length, limit), max(2, self.config.sizes["train_length"])
         call = Call(
             pos=pos,

@@ -56,6 +56,8 @@ class Encoding(nn.Module):
         cls.biases = cls.bias is not Encoding.bias or cls.distance_bias is not Encoding.distance_bias
         cls.folds = cls.fold is not Encoding.fold
         cls.keeps = cls.state is not Encoding.state
+        # A table of distances holds the bias, and those are distances between tokens.
+        cls.by_distance = cls.distance_bias is not Encoding.distance_bias and cls.positions is Encoding.positions
         cls.writes_out = cls.logits is not Encoding.logits or cls.values is not Encoding.values  # no fused kernel
         if cls.name:
             ENCODINGS[cls.name] = cls
@@ -120,7 +122,8 @@ class Encoding(nn.Module):
         return q, k
 
     def distance_bias(self, n):
-        """n >= 0, int64 of any shape -> (H, *n.shape), added to the logits after their division by sqrt(D)."""
+        """n >= 0, int64 of any shape -> (H, *n.shape), added to the logits after their division by sqrt(D). Whoever
+        overrides it promises that `bias` is nothing else: on a GPU a kernel may read it from a table."""
 
     def bias(self, q_pos, k_pos):
         """q_pos (T,), k_pos (S,) -> (H, T, S) added to the logits. The causal mask is not its business."""
@@ -963,7 +966,9 @@ class Randomized(Encoding):
         self.inner.init_parameter(name.removeprefix("inner."), parameter, generator)
 
     def redraw(self, length, generator, device):
-        self.drawn = torch.randperm(self.length, generator=generator)[:length].sort().values.to(device)
+        drawn = torch.randperm(self.length, generator=generator)[:length].sort().values
+        # Else the copy waits until the GPU has done all it was given.
+        self.drawn = drawn.to(device, non_blocking=torch.device(device).type == "cuda")
 
     def positions(self, pos, length):
         if self.training and self.drawn is not None:

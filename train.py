@@ -186,7 +186,7 @@ def train(config, device):
         loss = torch.zeros((), device=device.device)
         micro_batches = list(zip(*(evaluate.batches(half, at_once) for half in (inputs, targets)), strict=True))
         for index, (x, y) in enumerate(micro_batches):
-            x, y = (half.to(device.device, non_blocking=True) for half in (x, y))
+            x, y = device.send(x), device.send(y)
             last = index == len(micro_batches) - 1
             with forward.no_sync() if device.world > 1 and not last else nullcontext():
                 with device.autocast():

@@ -3,10 +3,12 @@
 import dataclasses
 import re
 
+import pytest
 import torch
 from tiny import ROOT
 
 import bench
+import runs
 from device import Device
 
 TINY = bench.Bench(vocab_size=20, n_layer=1, n_embd=16, n_head=2, train_length=4, batch_size=32)
@@ -15,6 +17,26 @@ TINY = bench.Bench(vocab_size=20, n_layer=1, n_embd=16, n_head=2, train_length=4
 def test_every_variant_sees_the_same_number_of_tokens():
     long = bench.variant(TINY, "alibi", 64)
     assert (long.posenc, long.train_length, long.batch_size) == ("alibi", 64, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("posenc", ["none", "rope", "t5", "randomized"])
+def test_a_training_step_never_waits_for_the_gpu(posenc, monkeypatch):
+    monkeypatch.setattr(Device, "synchronize", lambda self: None)
+    device = Device(torch.device("cuda"), torch.bfloat16)
+    model = runs.build(dataclasses.replace(TINY, posenc=posenc), device.device)
+    monkeypatch.setattr(bench.runs, "build", lambda *_: model)
+    step, _ = bench.training_step(dataclasses.replace(TINY, compile=False), device)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for seed in range(3):
+            model.redraw(TINY.train_length, seed)
+            device.send(torch.ones(4, 5)[:, :-1])
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_every_round_decodes_at_the_same_context(monkeypatch):

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention as flex_module
+from torch.nn.attention.flex_attention import create_block_mask
 
 import model as model_module
 import posenc
@@ -13,6 +15,7 @@ from posenc import ENCODINGS
 
 T = 16
 UNBOUNDED = posenc.every()
+BY_DISTANCE = ["scaled_bias", "alibi", "t5", "kerple", 'kerple(form="power")', "sandwich"]
 
 
 def make(spec, seed=0, **settings):
@@ -334,6 +337,90 @@ def test_attention_reads_the_same_through_folded_alibi(dtype, monkeypatch):
         monkeypatch.setattr(model_module, "kernel", lambda *_, how=how: how)
         found[how] = (attend(*arguments).double() - exact).abs().max()
     assert found["folded"] <= 1.5 * found["written out"]
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """torch computes flex_attention's gradients on the CPU, but refuses to."""
+    monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(flex_module, "_warn_once", lambda *_, **__: None)  # that it is slow
+    monkeypatch.setattr(model_module, "compiled_flex", lambda: flex_module.flex_attention)
+
+
+def attended(how, spec, T, dtype, device="cpu"):
+    """Attention computed in the named way, and its gradients: of q, k, v and the encoding's parameters."""
+    one = posenc.build(spec, 1, n_embd=64, n_head=4, n_kv_head=2, head_dim=16, train_length=T)[0].to(device)
+    one = one.double() if dtype == torch.float64 else one
+    generator = torch.Generator().manual_seed(5)
+    for parameter in one.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter)
+    q, k, v, weight = (torch.randn(2, h, T, 16, generator=generator).to(device, dtype) for h in (4, 2, 2, 4))
+    pos, leaves = torch.arange(T, device=device), [x.requires_grad_() for x in (q, k, v, *one.parameters())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "kernel", lambda *_: how)
+        y = attend(one, q, k, v, pos + 9, pos + 9)
+    return [y.detach(), *torch.autograd.grad((y * weight).sum(), leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spec", BY_DISTANCE)
+def test_flex_attention_is_what_is_written_out(spec, dtype, flex_on_cpu):
+    for got, expected in zip(*(attended(how, spec, 256, dtype) for how in ("flex", "written out")), strict=True):
+        error = 1e-4 if dtype == torch.float32 else 1e-12
+        assert torch.allclose(got, expected, rtol=error, atol=error)
+
+
+def test_a_compiled_model_calls_flex_attention_without_a_break(flex_on_cpu, monkeypatch):
+    tokens = torch.randint(50, (1, 256))
+    exact = make("t5")(tokens)
+    monkeypatch.setattr(model_module, "kernel", lambda *_: "flex")
+    assert torch.allclose(torch.compile(make("t5"), backend="eager", fullgraph=True)(tokens), exact, atol=1e-11)
+
+
+def test_flex_attention_serves_biases_by_distance_alone(monkeypatch):
+    monkeypatch.setattr(model_module, "flexes", lambda q: True)
+    q = torch.zeros(1, 4, 256, 16, dtype=torch.float16)
+    chosen = {spec: model_module.kernel(make(spec).posenc[0], q, None, None, 256, 0.0) for spec in UNBOUNDED}
+    assert [spec for spec, how in chosen.items() if how in ("flex", "folded")] == BY_DISTANCE
+    for arguments in [(q, True, None, 256, 0.0), (q, None, (), 256, 0.0), (q, None, None, 300, 0.0),
+                      (q, None, None, 256, 0.1), (q.float(), None, None, 256, 0.0)]:  # fmt: skip
+        assert model_module.kernel(make("t5").posenc[0], *arguments) != "flex"
+
+
+def test_positions_that_do_not_follow_one_another_get_a_mask():
+    """Or flex_attention would take the distance of two tokens for that of their positions."""
+    seen = []
+    for pos in (None, 3 * torch.arange(T)):
+        make("t5", n_layer=1)(torch.randint(50, (1, T)), pos=pos, watch=lambda *call: seen.append(call[7]))
+    assert seen[0] is None
+    assert seen[1] is not None
+
+
+def test_the_triangle_of_blocks_is_the_causal_mask():
+    ours, theirs = model_module.triangle(512, "cpu"), create_block_mask(model_module.causal, 1, 1, 512, 512, "cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("spec", BY_DISTANCE)
+def test_flex_attention_on_a_gpu(spec):
+    """It is as near to float32 as what is written out in bfloat16, and its memory grows with T, not T T."""
+    exact = attended("written out", spec, 256, torch.float32, "cuda")
+    flex, written = (attended(how, spec, 256, torch.bfloat16, "cuda") for how in ("flex", "written out"))
+    for found, other, expected in zip(flex, written, exact, strict=True):
+        errors = [(x.float() - expected).norm() / expected.norm() for x in (found, other)]
+        assert errors[0] < 2 * errors[1] + 0.01
+    peaks = []
+    for length in (2048, 8192):
+        for _ in range(2):  # the first of them compiles
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            attended("flex", spec, length, torch.bfloat16, "cuda")
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 5 * peaks[0]
 
 
 def test_derived_seeds_differ_where_sums_would_collide():
