@@ -1,4 +1,4 @@
-"""nanoGPT's tiny Shakespeare in three minutes of two CPU cores, byte by byte, below the loss that it reports for an A100."""
+"""nanoGPT's tiny Shakespeare in three minutes of two CPU cores, byte by byte, below what it reports for an A100."""
 
 dataset = "shakespeare"
 train_length = 256

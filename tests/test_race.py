@@ -73,7 +73,7 @@ def test_the_race_prints_both_sides(checkout, tmp_path, monkeypatch):
     monkeypatch.setattr(race, "THEIRS", ["--max_iters=2000"])
     (checkout.parent / "text.txt").write_text(TEXT)
     flags = f"--text={checkout.parent}/text.txt --dataset=text --max_steps=4 --eval_interval=2 --checkpoint_interval=2"
-    small = "--n_layer=1 --n_embd=16 --n_head=2 --train_length=64 --batch_size=2 --compile=false"
+    small = "--length_schedule={} --n_layer=1 --n_embd=16 --n_head=2 --train_length=64 --batch_size=2 --compile=false"
     monkeypatch.setattr(race, "OURS", {"trainshort": f"configs/shakespeare.py {flags} {small}"})
     config = bench.Bench(race=str(checkout), rounds=2, data_dir=str(tmp_path / "data"))
     lines = race.run(config)
