@@ -83,13 +83,11 @@ def warmed(config, device):
 
 def nanogpt(folder, config, device):
     """The same for nanoGPT's own model and optimiser, read from a checkout of it."""
-    kind = device.device.type
+    sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, vocab_size=config.vocab_size)
+    model = race.build(race.nanogpt(folder), block_size=config.train_length, bias=False, dropout=0.0, **sizes)
+    model, betas = model.to(device.device), (config.beta1, config.beta2)
     with contextlib.redirect_stdout(io.StringIO()):  # it tells its sizes
-        module = race.nanogpt(folder)
-        sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, vocab_size=config.vocab_size)
-        settings = module.GPTConfig(block_size=config.train_length, bias=False, dropout=0.0, **sizes)
-        model = module.GPT(settings).to(device.device)
-        optimizer = model.configure_optimizers(config.weight_decay, 6e-4, (config.beta1, config.beta2), kind)
+        optimizer = model.configure_optimizers(config.weight_decay, 6e-4, betas, device.device.type)
     forward, _ = devices.compiled(model, config.compile, device.device)
     shape = config.batch_size, config.train_length
     tokens = torch.randint(config.vocab_size, shape, device=device.device)

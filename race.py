@@ -4,7 +4,9 @@ Every checkpoint of both is measured by one function, in nats per character, in 
 text. The clock starts with the process: imports, compiling and evaluating count. nanoGPT's code is the user's checkout.
 """
 
+import contextlib
 import importlib.util
+import io
 import itertools
 import os
 import pickle
@@ -113,6 +115,12 @@ def nanogpt(checkout):
     return module
 
 
+def build(module, **shape):
+    """Its model of that shape, in silence: it tells its size."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return module.GPT(module.GPTConfig(**shape))
+
+
 class NanoGPT:
     """A checkout of nanoGPT, and its files of tokens made from `text` in the folder `work`."""
 
@@ -138,7 +146,7 @@ class NanoGPT:
         state = torch.load(checkpoint, weights_only=True)
         if context > state["model_args"]["block_size"]:
             return None
-        model = self.module.GPT(self.module.GPTConfig(**state["model_args"])).eval()
+        model = build(self.module, **state["model_args"]).eval()
         model.load_state_dict(state["model"])
         return full_pass(lambda x, y: model(x, y)[1].item() * y.numel(), self.val, context)
 
@@ -192,24 +200,33 @@ def run(config):
                 context: [(when, step, one.loss(file, context)) for step, (when, file) in checkpoints.items()]
                 for context in CONTEXTS
             }
-            runs_of[name].append((curves, seconds))
+            step, (when, file) = list(checkpoints.items())[-1]
+            runs_of[name].append((curves, seconds, step * tokens_per_step(file) / when))
     return table(runs_of)
 
 
+def tokens_per_step(checkpoint):
+    config = torch.load(checkpoint, weights_only=True)["config"]
+    return config["batch_size"] * config["train_length" if "train_length" in config else "block_size"]
+
+
 def table(runs_of):
-    """{contestant: [({context: [(seconds, step, loss), ...]}, seconds in all), ...]} -> lines of Markdown."""
+    """{contestant: [({context: [(seconds, step, loss), ...]}, seconds in all, tokens/s), ...]} -> lines of Markdown."""
     near, far = CONTEXTS
-    theirs = statistics.median(curves[near][-1][2] for curves, _ in runs_of["nanoGPT"])
+    theirs = statistics.median(curves[near][-1][2] for curves, *_ in runs_of["nanoGPT"])
     goals = [(near, theirs), (far, 1.5), (far, A100)]
     heads = ["", *(f"seconds to {goal:.4g}, {context} of context" for context, goal in goals)]
-    heads += [f"last loss, {near} of context", f"{far} of context", "seconds in all"]
+    heads += [f"last loss, {near} of context", f"{far} of context", "seconds in all", "tokens/s"]
     rows, details = [], []
     for name, rounds in runs_of.items():
         row = [name]
-        row += [spread([reached(curves[context], goal) for curves, _ in rounds], ".1f") for context, goal in goals]
-        row += [spread([curves[context][-1][2] for curves, _ in rounds], ".4f") for context in CONTEXTS]
-        rows.append([*row, spread([seconds for _, seconds in rounds], ".1f")])
-        for point in zip(*(curves[near] for curves, _ in rounds), *(curves[far] for curves, _ in rounds), strict=True):
+        row += [spread([reached(curves[context], goal) for curves, *_ in rounds], ".1f") for context, goal in goals]
+        row += [spread([curves[context][-1][2] for curves, *_ in rounds], ".4f") for context in CONTEXTS]
+        row += [spread([seconds for _, seconds, _ in rounds], ".1f"), spread([speed for *_, speed in rounds], ",.0f")]
+        rows.append(row)
+        for point in zip(
+            *(curves[near] for curves, *_ in rounds), *(curves[far] for curves, *_ in rounds), strict=True
+        ):
             seconds, steps, losses = zip(*point, strict=True)
             count = len(rounds)
             found = [spread(losses[:count], ".4f"), spread(losses[count:], ".4f")]
@@ -224,7 +241,7 @@ def decoders(config, longest):
     ours = runs.build(config).eval()
     shape = {"vocab_size": config.vocab_size, "n_layer": config.n_layer, "n_head": config.n_head}
     module = nanogpt(config.decode)
-    theirs = module.GPT(module.GPTConfig(block_size=longest, n_embd=config.n_embd, dropout=0.0, bias=False, **shape))
+    theirs = build(module, block_size=longest, n_embd=config.n_embd, dropout=0.0, bias=False, **shape).eval()
 
     def watched(model, call):
         """Times at which a model was called."""
@@ -243,7 +260,7 @@ def decoders(config, longest):
     found = {
         "trainshort": stepwise(None),
         "compiled": stepwise(forward),
-        "nanoGPT": lambda tokens, count: watched(theirs, lambda: theirs.eval().generate(tokens, count)),
+        "nanoGPT": lambda tokens, count: watched(theirs, lambda: theirs.generate(tokens, count)),
     }
     try:
         import transformers

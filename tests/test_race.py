@@ -37,9 +37,10 @@ TRAIN = """
 import sys, torch
 exec(open("configurator.py").read())
 assert sys.argv[1].endswith("train_shakespeare_char.py") and "--max_iters=2000" in sys.argv
+SIZES = {"batch_size": 12, "block_size": 64}
 for step in (10, 20):
     weights, shape = {"level": torch.tensor(step / 10)}, {"vocab_size": 23, "block_size": 64}
-    torch.save({"model": weights, "iter_num": step, "model_args": shape, "config": {}}, "ckpt.pt")
+    torch.save({"model": weights, "iter_num": step, "model_args": shape, "config": SIZES}, "ckpt.pt")
 """
 
 
