@@ -12,7 +12,8 @@ BEGAN = time.perf_counter()  # "seconds" in metrics.jsonl count what a user wait
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 # glibc gives large blocks back to the system when they are freed, so that a step's thousand tensors are new pages each
-# time, and a fault for every page is a fifth of the step. Keep them: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
+# time, and a fault for every page is a fifth of the step. Keep them: M_MMAP_THRESHOLD (-3), M_TRIM_THRESHOLD (-1).
 with contextlib.suppress(OSError, TypeError, AttributeError):  # other systems have no mallopt
-    for parameter in (-1, -3):
-        ctypes.CDLL(None).mallopt(parameter, 2**30)
+    mallopt = ctypes.CDLL(None).mallopt
+    if mallopt(-3, 2**30) or mallopt(-3, 2**25):  # the most that older ones take
+        mallopt(-1, 2**30)

@@ -15,6 +15,7 @@ run hold. Memory is the peak of a process of its own.
 import before_torch  # noqa: F401  # isort: skip
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import math
@@ -58,14 +59,19 @@ class Bench(Config):
     table: str = ""  # also write the table to this Markdown file, with what made it
     before: str = ""  # a checkout of an earlier commit, whose training steps take turns with ours
     growth: str = ""  # time and memory as each size grows, with pictures whose names begin so
-    race: str = ""  # a checkout of nanoGPT: train its example for the CPU, and configs/shakespeare.py, by turns
+    race: str = ""  # a checkout of nanoGPT: its example for the CPU and configs/shakespeare.py as they are, by turns
     decode: str = ""  # a checkout of nanoGPT: decode with it, with transformers (if installed) and with ours, by turns
     gpu: bool = False  # measure one NVIDIA GPU instead, with configs/gpt2.py's model: gpu.py
     nanogpt: str = ""  # a checkout of nanoGPT, whose model --gpu measures too
 
     def __post_init__(self):
         super().__post_init__()
-        require(Path(self.table).parent.is_dir(), f"--table={self.table}: there is no folder {Path(self.table).parent}")
+        for key in ("table", "growth"):
+            folder = Path(getattr(self, key)).parent
+            require(folder.is_dir(), f"--{key}={getattr(self, key)}: there is no folder {folder}")
+        require(self.rounds >= 1, f"--rounds must be at least 1, not {self.rounds}")
+        fewest = 4 if self.decode else 1  # the first two are not timed
+        require(self.decode_tokens >= fewest, f"--decode_tokens must be at least {fewest}, not {self.decode_tokens}")
         require(self.gpu or not self.nanogpt, "--nanogpt=PATH goes with --gpu")
         found = not self.nanogpt or (Path(self.nanogpt) / "model.py").is_file()
         require(found, f"--nanogpt={self.nanogpt}: there is no model.py in it")
@@ -191,7 +197,7 @@ def every_encoding(config):
         for cell in tqdm(cells, "memory", disable=None, leave=False)
     }
     steps = {(name, n): training_step(variant(config, name, n), device) for name in names for n in lengths}
-    products = {("product", dtype): product(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    products = {("product", dtype): product(dtype, device) for dtype in {torch.float32: 0, device.dtype: 0}}
     seconds = median_times({key: step for key, (step, _) in (steps | products).items()}, config.rounds)
     speed = {key: steps[key][1] / seconds[key] for key in steps}
     per_token = runs.build(config).flops_per_token()
@@ -258,7 +264,6 @@ def against_recomputing(config, device):
 # Answers questions on its standard input, one a line: the seconds of a training step of the checkout in its folder.
 STEPS = """
 import json, sys
-sys.path.insert(0, "")
 import before_torch, time, bench, configs, device
 config, here = configs.make(bench.Bench, json.loads(sys.argv[1])), device.choose("cpu")
 steps = {}
@@ -280,17 +285,23 @@ def before_and_after(config):
             f"--before={config.before}: there is no bench.py in it; make one with git worktree add FOLDER COMMIT"
         )
     known = {field.name for field in dataclasses.fields(Config)}
-    given = json.dumps({key: value for key, value in dataclasses.asdict(config).items() if key in known})
+    given = {key: value for key, value in dataclasses.asdict(config).items() if key in known} | {"length_schedule": {}}
     folders = {"before": config.before, "after": Path(__file__).parent}
     workers = {
         key: subprocess.Popen(
-            [sys.executable, "-c", STEPS, given], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", STEPS, json.dumps(given)],
+            cwd=folder,
+            env=race.plain_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for key, folder in folders.items()
     }
 
     def seconds(key, name, length):
-        print(name, length, file=workers[key].stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(name, length, file=workers[key].stdin, flush=True)
         answer = workers[key].stdout.readline()
         if not answer:
             raise UserError(f"the steps of {folders[key]} failed: see above")
@@ -339,7 +350,7 @@ def growth(config):
     factors, T, count = (1, 4, 16, 64, 256), config.train_length, config.decode_tokens
     for window in (None, T):
         spans = {f: decoder(base, serving, f * T, count, window) for f in factors}
-        seconds = median_times(spans, config.rounds)
+        seconds = {f: found / count for f, found in median_times(spans, config.rounds).items()}
         memory = [in_own_process(decoding_memory, base, f * T, count, window) for f in factors]
         name = "context, with a window" if window else "context"
         curves["decoding", name] = factors, list(seconds.values()), memory, [0, 0] if window else [1, 1]
@@ -377,9 +388,10 @@ def main(argv):
     lines = KINDS.get(name, every_encoding)(config)
     print("\n".join(lines))
     if config.table:
-        device = devices.choose(config.device, config.dtype)
-        command = " ".join(["python bench.py", *argv])
-        report.write_table(config.table, name, lines, command, device.device, dtype=device.dtype_name)
+        on_cpu = name in ("race", "decode", "before")  # each side in its own precision
+        device = devices.choose("cpu" if on_cpu else config.device, config.dtype)
+        more = {} if on_cpu else {"dtype": device.dtype_name}
+        report.write_table(config.table, name, lines, " ".join(["python bench.py", *argv]), device.device, **more)
 
 
 KINDS = {"before": before_and_after, "growth": growth, "race": race.run, "decode": race.decode, "gpu": one_gpu}

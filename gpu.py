@@ -207,7 +207,7 @@ def measure(config, device, names=NAMES, lengths=LENGTHS, product=8192, megabyte
         ([whole, "tokens/s", "TFLOP/s", "of the product's", "/ nanoGPT"], whole_rows),
         ([f"decoding, {config.n_layer} layers, after {T:,} tokens", "ms/token", "to read the weights", "times"],
          [["rope, one sequence", *decode_row]]),
-        ([f"peak GiB of a step, {few}, not compiled, one sequence of", *(f"{n * T:,}" for n in lengths)], memory_rows),
+        ([f"peak GiB, no update, {few}, not compiled, one sequence of", *(f"{n * T:,}" for n in lengths)], memory_rows),
         ([f"training, {few}, {config.batch_size} sequences", "tokens/s", "/ rope"], encoding_rows),
     ]  # fmt: skip
     lines = [line for heads, rows in tables for line in (*report.markdown(heads, rows), "")]

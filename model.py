@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -142,12 +143,13 @@ class Cache:
 class Slots(Cache):
     """A cache whose tensors keep their shapes and places from token to token, as a compiled model and a CUDA graph need
     it: room for `total` tokens from the start. It begins with what `cache` holds, takes one token at a time, whose
-    position has to be given, and keeps nothing but keys and values."""
+    position has to be given, and keeps nothing but keys and values (ValueError). Unused places lie behind the query."""
 
     def __init__(self, cache):
         super().__init__(total=cache.total, log_n=cache.log_n)
         self.length, self.pos = cache.total, torch.arange(cache.total, device=cache.pos.device)
         for layer, held in cache.layers.items():
+            require(held.keys() == {"k", "v"}, f"fixed slots hold keys and values, not {', '.join(held)}")
             self.layers[layer] = {name: x.new_zeros(*x.shape[:2], cache.total, x.shape[3]) for name, x in held.items()}
             for name, x in self.layers[layer].items():
                 x[:, :, : cache.length] = held[name][:, :, : cache.length]
@@ -351,7 +353,8 @@ class Attention(nn.Module):
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if call.temper is not None:
             q = q * call.temper.to(q.dtype)
-        state, plain, sunk = encoding.state(x, cache.last(self.layer) if cache else {}), (q, k), None
+        last = cache.last(self.layer) if cache and encoding.keeps else {}
+        state, plain, sunk = encoding.state(x, last), (q, k), None
         if encoding.rotate_once:
             q, k = encoding.rotate(q, k, pos, pos if M == T else k_pos, call.reach)
         if cache is not None:
@@ -395,31 +398,37 @@ class FeedForward(nn.Module):
 
 
 class Unit(torch.autograd.Function):
-    """x / rms(x) over the last dimension, with a backward pass of three products: torch's own takes ten on the CPU."""
+    """x / rms(x) over the last dimension, in float32 at least. With s = 1 / rms(x) and y = s x, the gradient g of y
+    becomes s (g - y mean(g y)): a few passes, where torch's own RMSNorm takes ten on the CPU (docs/log.md)."""
 
     @staticmethod
     def forward(ctx, x, eps):
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
-        y = x * scale
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+        y = (x * scale).to(x.dtype)
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         y, scale = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, y)[..., None]  # the part of the gradient that would change the length
-        return torch.addcmul(grad, y, along, value=-1 / y.shape[-1]).mul_(scale), None
+        along = (grad * y).sum(-1, keepdim=True)  # the part of the gradient that would change the length
+        return torch.addcmul(grad, y, along.to(y.dtype), value=-1 / y.shape[-1]).mul(scale).to(y.dtype), None
 
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        y = Unit.apply(x, 1e-7)
+        if x.is_cuda:  # which has a kernel for it
+            return super().forward(x)
+        y = Unit.apply(x, self.eps)
         return y if self.weight is None else y * self.weight
 
 
 def make_norm(config):
     if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd, elementwise_affine=config.norm_affine)
+        return RMSNorm(config.n_embd, eps=1e-7, elementwise_affine=config.norm_affine)
     return nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_affine)
 
 

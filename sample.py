@@ -111,6 +111,8 @@ def main(argv):
     keeps = [one.name for one in model.posenc if one.keeps]
     if options.compile and keeps:
         raise UserError(f"--compile: {keeps[0]} keeps more than keys and values for every token; leave out --compile")
+    if options.compile:
+        model.to(device.dtype)  # or the compiled model would cast every weight for every token
     forward, why_not = devices.compiled(model, options.compile, device.device, decoding=True)
     if why_not:
         print(why_not, file=sys.stderr)

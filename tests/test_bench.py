@@ -70,9 +70,11 @@ def test_the_command_prints_and_writes_one_row_for_each_encoding(run_script, tmp
 
 
 def test_steps_of_another_checkout_take_turns_with_ours():
-    lines = bench.before_and_after(dataclasses.replace(TINY, before=str(ROOT), only="alibi", rounds=2))
+    lines = bench.before_and_after(
+        dataclasses.replace(TINY, before=str(ROOT), only="alibi", rounds=2, length_schedule={0.0: 2, 0.5: 4})
+    )
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["none", "alibi"]
-    assert all(float(cell.replace(",", "")) >= 0 for line in lines[2:] for cell in line.split("|")[2:-1])
+    assert all(0.02 < float(line.split("|")[cell]) < 50 for line in lines[2:] for cell in (4, 7))
 
 
 def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
@@ -87,6 +89,15 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
 def test_two_measurements_at_once_are_one_line(call_script):
     done = call_script("bench.py", "--growth=g", "--before=x")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    for flags in (
+        ["--growth=nowhere/g"],
+        ["--rounds=0"],
+        ["--decode=x", "--decode_tokens=3"],
+        ["--race=."],
+        ["--decode=."],
+    ):
+        done = call_script("bench.py", *flags)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     done = call_script("bench.py", "--before=nowhere")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "git worktree add" in done.stderr

@@ -65,8 +65,16 @@ def measured(monkeypatch):
     return measure
 
 
+def checkout(folder):
+    """A stand-in for nanoGPT."""
+    (folder / "config").mkdir()
+    for name in ("train.py", "configurator.py", "config/train_shakespeare_char.py"):
+        (folder / name).touch()
+    (folder / "model.py").write_text(NANOGPT)
+
+
 def test_every_cell_has_a_figure(measured, tmp_path, capsys):
-    (tmp_path / "model.py").write_text(NANOGPT)
+    checkout(tmp_path)
     tables, notes = measured(dataclasses.replace(TINY, nanogpt=str(tmp_path)))
     assert [[len(table) - 2, len(table[0]) - 1] for table in tables] == [[2, 2], [2, 5], [1, 4], [4, 3], [2, 3]]
     assert all(len(row) == len(table[0]) for table in tables for row in table)

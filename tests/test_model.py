@@ -460,3 +460,47 @@ def test_a_compiled_model_generates_the_same_text():
     assert torch.equal(torch.stack(plain), torch.stack(slots))
     assert len(calls) == 39
     assert all(cache is calls[0] and isinstance(cache, Slots) for cache in calls)
+
+
+@pytest.mark.parametrize("spec", ["none", "rope", "alibi", "t5", "cope"])
+def test_a_token_from_slots_compiles_into_one_graph(spec):
+    model, tokens = make(spec), torch.randint(50, (1, T))
+    cache = Cache(total=2 * T)
+    with torch.inference_mode():
+        model(tokens, cache=cache)
+        compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)  # which refuses breaks
+        slots, other = Slots(cache), Slots(cache)
+        for index in range(T, T + 3):
+            given = tokens[:, :1], torch.tensor([index])
+            one, two = (run(given[0], pos=given[1], cache=held) for run, held in ((compiled, slots), (model, other)))
+            assert torch.allclose(one, two, rtol=0, atol=1e-11)
+
+
+def test_slots_refuse_what_keeps_more_than_keys_and_values():
+    model = make("fox")
+    with pytest.raises(ValueError, match="keys and values"):
+        list(generate(model, torch.zeros(1, 3, dtype=torch.long), 3, compiled=model))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_rmsnorm_is_torchs_with_its_gradient(affine):
+    torch.manual_seed(3)
+    norm = model_module.RMSNorm(8, eps=1e-2, elementwise_affine=affine).double()
+    x = torch.randn(4, 3, 8, dtype=torch.float64)
+    x[0] *= 0.01  # where eps is what counts
+    x[1, 0] = 0
+    if affine:
+        torch.nn.init.normal_(norm.weight)
+    here, there = x.clone().requires_grad_(), x.clone().requires_grad_()
+    for y in (norm(here), F.rms_norm(there, (8,), norm.weight, 1e-2)):
+        (y * torch.arange(8)).sin().sum().backward()
+    assert torch.allclose(norm(x), F.rms_norm(x, (8,), norm.weight, 1e-2), rtol=0, atol=1e-14)
+    assert torch.allclose(here.grad, there.grad, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(norm, (x.clone().requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rmsnorm_in_half_precision_neither_overflows_nor_drifts(dtype):
+    norm, x = model_module.RMSNorm(512, eps=1e-7, elementwise_affine=False), 100 * torch.randn(3, 512).to(dtype)
+    assert norm(x).dtype == dtype
+    assert torch.equal(norm(x), norm(x.float()).to(dtype))

@@ -101,7 +101,7 @@ def test_a_goal_is_reached_at_the_first_checkpoint_below_it():
 
 
 def test_what_is_no_checkout_of_nanogpt_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"there is no .*model\.py"):
+    with pytest.raises(UserError, match=r"has no model\.py"):
         race.nanogpt(tmp_path)
 
 
