@@ -189,7 +189,7 @@ class Call:
     """What all layers share in one call of the model."""
 
     pos: torch.Tensor  # (T,) indices of this call's tokens
-    k_pos: torch.Tensor  # (S,) of the keys, whose last are this call's
+    k_pos: torch.Tensor  # (S,) of the keys, whose last are this call's, but in `Slots`
     # (T, S) bool; None where every key up to the query's own is seen, and positions follow one another
     seen: torch.Tensor | None
     near: torch.Tensor | None  # (T,) where queries stand for sinks that lie before a window
@@ -397,16 +397,21 @@ class FeedForward(nn.Module):
         return self.proj(x)
 
 
+def unit(x, eps):
+    """x (..., C) / rms(x) over C, computed in float32 at least; and 1 / rms(x) (..., 1)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+    return (x * scale).to(x.dtype), scale
+
+
 class Unit(torch.autograd.Function):
-    """x / rms(x) over the last dimension, in float32 at least. With s = 1 / rms(x) and y = s x, the gradient g of y
-    becomes s (g - y mean(g y)): a few passes, where torch's own RMSNorm takes ten on the CPU (docs/log.md)."""
+    """`unit` with its gradient: with s = 1 / rms(x) and y = s x, the gradient g of y becomes s (g - y mean(g y)). A few
+    passes, where torch's own RMSNorm takes ten on the CPU (docs/log.md)."""
 
     @staticmethod
     def forward(ctx, x, eps):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
-        y = (x * scale).to(x.dtype)
+        y, scale = unit(x, eps)
         ctx.save_for_backward(y, scale)
         return y
 
@@ -422,7 +427,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         if x.is_cuda:  # which has a kernel for it
             return super().forward(x)
-        y = Unit.apply(x, self.eps)
+        y = Unit.apply(x, self.eps) if torch.is_grad_enabled() else unit(x, self.eps)[0]
         return y if self.weight is None else y * self.weight
 
 

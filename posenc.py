@@ -140,7 +140,8 @@ class Encoding(nn.Module):
 
     def logits(self, q, k, q_pos, k_pos, seen, **state):
         """q (B, H, T, D), k (B, H, S, D), both as `rotate` left them, seen (T, S) bool, state (B, H, S, any) ->
-        (B, H, T, S). The queries are the last T of the keys' tokens. Whoever overrides it gives up the fused kernel."""
+        (B, H, T, S). The queries are the last T of the keys' tokens, but for unused keys of a fixed cache, which lie
+        behind them and are not seen. Whoever overrides it gives up the fused kernel."""
         logits = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
         return logits + self.bias(q_pos, k_pos).masked_fill(~seen, -math.inf) if self.biases else logits
 

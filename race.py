@@ -260,7 +260,9 @@ def decoders(config, longest):
     forward, _ = devices.compiled(ours, True, torch.device("cpu"), decoding=True)
 
     def stepwise(compiled):
-        return lambda tokens, count: [time.perf_counter() for _ in generate(ours, tokens, count, compiled=compiled)]
+        return lambda tokens, count: [
+            time.perf_counter() for _ in generate(ours, tokens, count, temperature=0, compiled=compiled)
+        ]
 
     found = {
         "trainshort": stepwise(None),
