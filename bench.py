@@ -326,11 +326,11 @@ def before_and_after(config):
 
 
 # What grows, by which factors, and the exponents that time and memory of training may come to: attention is T^2 in time
-# alone, and a matrix has width^2 numbers.
+# alone; a matrix has width^2 numbers, and Muon's products, which no number of tokens shares, take width^3.
 GROWTH = {
     "train_length": ((1, 2, 4, 8, 16, 32), 2, 1),
     "n_layer": ((1, 2, 4, 8), 1, 1),
-    "n_embd": ((1, 2, 4, 8), 2, 2),
+    "n_embd": ((1, 2, 4, 8), 3, 2),
     "batch_size": ((1, 2, 4, 8, 16), 1, 1),
 }
 
@@ -341,19 +341,25 @@ def growth(config):
     base = dataclasses.replace(config, batch_size=4, micro_batch_size=0, length_schedule={})
     device = devices.choose(config.device, config.dtype)
     serving = devices.choose(config.device, config.dtype, inference=True)
-    curves = {}  # (what, size) -> factors, seconds, MiB, the exponents they may have
-    for key, (factors, *most) in tqdm(GROWTH.items(), "training", disable=None):
-        variants = {f: dataclasses.replace(base, **{key: f * getattr(base, key)}) for f in factors}
-        memory = [in_own_process(peak_memory, one) for one in variants.values()]
-        seconds = median_times({f: training_step(one, device)[0] for f, one in variants.items()}, config.rounds)
-        curves["training", key] = factors, list(seconds.values()), memory, most
     factors, T, count = (1, 4, 16, 64, 256), config.train_length, config.decode_tokens
-    for window in (None, T):
-        spans = {f: decoder(base, serving, f * T, count, window) for f in factors}
-        seconds = {f: found / count for f, found in median_times(spans, config.rounds).items()}
-        memory = [in_own_process(decoding_memory, base, f * T, count, window) for f in factors]
-        name = "context, with a window" if window else "context"
-        curves["decoding", name] = factors, list(seconds.values()), memory, [0, 0] if window else [1, 1]
+    spans = {"context": None, "context, with a window": T}
+    sizes = {
+        key: {f: dataclasses.replace(base, **{key: f * getattr(base, key)}) for f in factors}
+        for key, (factors, *_) in GROWTH.items()
+    }
+    # First, while this process is small: on Linux a new one starts from its parent's peak.
+    memory = {key: [in_own_process(peak_memory, one) for one in sizes[key].values()] for key in sizes}
+    for name, window in spans.items():
+        memory[name] = [in_own_process(decoding_memory, base, f * T, count, window) for f in factors]
+    curves = {}  # (what, size) -> factors, seconds, MiB, the exponents they may have
+    for key, variants in sizes.items():
+        steps = {f: training_step(one, device)[0] for f, one in variants.items()}
+        seconds = median_times(steps, config.rounds)
+        curves["training", key] = list(seconds), list(seconds.values()), memory[key], GROWTH[key][1:]
+    for name, window in spans.items():
+        decoders = {f: decoder(base, serving, f * T, count, window) for f in factors}
+        seconds = [found / count for found in median_times(decoders, config.rounds).values()]
+        curves["decoding", name] = factors, seconds, memory[name], (0, 0) if window else (1, 1)
     rows = []
     for (what, key), (factors, seconds, memory, most) in curves.items():
         step = math.log(factors[-1] / factors[-2])
