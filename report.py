@@ -36,13 +36,13 @@ def lines(path, series, x_label, y_label, log_x=False, log_y=False, mark_x=None,
             axes.set_yscale("log")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if many:  # beside the curves, which leave no room
+        if beside:  # where the curves leave no room
             figure.legend(frameon=False, loc="outside right center")
         else:
             axes.legend(frameon=False)
 
-    many = len(series) > len(COLOURS)
-    save(path, draw, x_label, y_label, mark_x, dpi, (10, 4.5) if many else (7, 4))
+    beside = log_y or len(series) > len(COLOURS)
+    save(path, draw, x_label, y_label, mark_x, dpi, (10, 4.5) if beside else (7, 4))
 
 
 def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None, dpi=150, span=(-2, 2), colours="RdBu", ticks=({}, {})):
