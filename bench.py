@@ -390,8 +390,8 @@ def main(argv):
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two measurements; take one at a time")
     name = asked[0] if asked else "bench"
-    torch._dynamo.config.recompile_limit = 256  # or the ninth model, and all after it, would not be compiled
-    lines = KINDS.get(name, every_encoding)(config)
+    with torch._dynamo.config.patch(recompile_limit=256):  # or the ninth model, and all after it, would not be compiled
+        lines = KINDS.get(name, every_encoding)(config)
     print("\n".join(lines))
     if config.table:
         on_cpu = name in ("race", "decode", "before")  # each side in its own precision
