@@ -190,7 +190,7 @@ def spread(values, form):
 
 
 def run(config):
-    """Rounds in which all contestants train by turns -> lines of Markdown, and {contestant: (seconds, losses)}."""
+    """Rounds in which all contestants train by turns -> lines of Markdown."""
     text = fetch(shakespeare.URL, f"{config.data_dir}/raw/tinyshakespeare.txt", shakespeare.SHA256).read_text("utf-8")
     with tempfile.TemporaryDirectory() as work:
         contestants = {"nanoGPT": NanoGPT(config.race, text, Path(work))}
@@ -227,13 +227,10 @@ def table(runs_of):
         row += [spread([curves[context][-1][2] for curves, *_ in rounds], ".4f") for context in CONTEXTS]
         row += [spread([seconds for _, seconds, _ in rounds], ".1f"), spread([speed for *_, speed in rounds], ",.0f")]
         rows.append(row)
-        for point in zip(
-            *(curves[near] for curves, *_ in rounds), *(curves[far] for curves, *_ in rounds), strict=True
-        ):
-            seconds, steps, losses = zip(*point, strict=True)
-            count = len(rounds)
-            found = [spread(losses[:count], ".4f"), spread(losses[count:], ".4f")]
-            details.append([name, str(steps[0]), spread(seconds[:count], ".1f"), *found])
+        for point in zip(*(zip(curves[near], curves[far], strict=True) for curves, *_ in rounds), strict=True):
+            losses = [spread([pair[context][2] for pair in point], ".4f") for context in range(len(CONTEXTS))]
+            seconds = spread([pair[0][0] for pair in point], ".1f")
+            details.append([name, str(point[0][0][1]), seconds, *losses])
     more = ["", "step", "seconds", *(f"loss, {context} of context" for context in CONTEXTS)]
     return [*report.markdown(heads, rows), "", *report.markdown(more, details)]
 
