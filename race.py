@@ -145,13 +145,12 @@ class NanoGPT:
         config = self.checkout / "config" / "train_shakespeare_char.py"
         return train([str(self.checkout / "train.py"), str(config), *THEIRS], self.work)
 
-    def loss(self, checkpoint, context):
+    def losses(self, checkpoint):
+        """What `full_pass` asks of a checkpoint, and the longest context that has positions."""
         state = torch.load(checkpoint, weights_only=True)
-        if context > state["model_args"]["block_size"]:
-            return None
         model = build(self.module, **state["model_args"]).eval()
         model.load_state_dict(state["model"])
-        return full_pass(lambda x, y: model(x, y)[1].item() * y.numel(), self.val, context)
+        return lambda x, y: model(x, y)[1].item() * y.numel(), state["model_args"]["block_size"]
 
 
 class Trainshort:
@@ -167,13 +166,12 @@ class Trainshort:
         out = tempfile.mkdtemp(dir=self.work)
         return train([*self.words, "--device=cpu", "--length_targets=0", f"--out_dir={out}"], self.work)
 
-    def loss(self, checkpoint, context):
+    def losses(self, checkpoint):
+        """The same."""
         state = runs.load(checkpoint)
         model = runs.build(runs.config_of(state)).eval()
-        if context > model.max_length:
-            return None
         runs.load_weights(model, state)
-        return full_pass(lambda x, y: model(x, y).sum().item(), self.val, context)
+        return lambda x, y: model(x, y).sum().item(), model.max_length
 
 
 def reached(curve, goal):
@@ -199,11 +197,12 @@ def run(config):
         turns = [(name, one) for _ in range(config.rounds) for name, one in contestants.items()]
         for name, one in tqdm(turns, "training", disable=None):
             checkpoints, seconds = one.train()
-            curves = {
-                context: [(when, step, one.loss(file, context)) for step, (when, file) in checkpoints.items()]
-                for context in CONTEXTS
-            }
-            step, (when, file) = list(checkpoints.items())[-1]
+            curves = {context: [] for context in CONTEXTS}
+            for step, (when, file) in checkpoints.items():
+                losses, longest = one.losses(file)
+                for context, curve in curves.items():
+                    loss = full_pass(losses, one.val, context) if context <= longest else None
+                    curve.append((when, step, loss))
             runs_of[name].append((curves, seconds, step * tokens_per_step(file) / when))
     return table(runs_of)
 
