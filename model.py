@@ -38,12 +38,14 @@ class GPTConfig:
     n_kv_head: int = 0  # heads of keys and values, each serving n_head / n_kv_head query heads; 0 means n_head
     n_embd: int = 128  # C, the width of the model
     n_hidden: int = 0  # width of the feed-forward layer; 0 means 4 C, or for swiglu 8/3 C in multiples of 32
-    activation: Literal["relu2", "gelu", "swiglu"] = "swiglu"  # of the feed-forward layer
+    activation: Literal["relu2", "gelu", "gelu_tanh", "swiglu"] = "swiglu"  # of the feed-forward layer
+    parallel_residual: bool = False  # attention and feed-forward read the same input and are added together
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # normalisation before attention, feed-forward and head
+    norm_eps: float = 0.0  # added to mean squares (layernorm: variances); 0 means 1e-7 (layernorm: 1e-5)
     norm_affine: bool = False  # normalisation layers have learned weights (layernorm: and biases)
     embed_norm: bool = True  # normalise token embeddings, and what the encoding adds to them, each on its own
     qk_norm: bool = False  # normalise queries and keys; changes the scale that attention biases act on
-    bias: bool = False  # linear layers have biases
+    bias: Literal[False, True, "attention", "qkv"] = False  # linear layers have biases: all, or of these alone
     init_std: float = 0.0  # standard deviation of initial weights; 0 means 1 / sqrt(inputs)
     zero_init: bool = True  # output projections start at zero, so every block starts as the identity
     tie_embeddings: bool = False  # the head uses the token embeddings
@@ -53,7 +55,7 @@ class GPTConfig:
     def __post_init__(self):
         for key in ("train_length", "n_layer", "n_head", "n_embd"):
             require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
-        for key in ("original_length", "vocab_size", "n_kv_head", "n_hidden", "logit_softcap", "init_std"):
+        for key in ("original_length", "vocab_size", "n_kv_head", "n_hidden", "norm_eps", "logit_softcap", "init_std"):
             require(getattr(self, key) >= 0, f"{key} must not be negative")
         require(self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         require(self.n_head % self.kv_heads == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head")
@@ -339,8 +341,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.kv_heads
         self.head_dim, self.qk_norm, self.dropout = config.n_embd // config.n_head, config.qk_norm, config.dropout
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
+        self.qkv = nn.Linear(config.n_embd, width, bias=bool(config.bias))
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias in (True, "attention"))
 
     def forward(self, x, encoding, call):
         B, M, C = x.shape  # M tokens: the call's T, after those of a memory
@@ -374,27 +377,29 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
+ACTIVATIONS = {
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "swiglu": F.silu,  # of one half, times the other
+}
+
+
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.activation, self.hidden = config.activation, config.hidden
-        gates = 2 if config.activation == "swiglu" else 1
-        self.fc = nn.Linear(config.n_embd, gates * config.hidden, bias=config.bias)
-        self.proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
+        self.activation, self.gated = ACTIVATIONS[config.activation], config.activation == "swiglu"
+        self.hidden, bias = config.hidden, config.bias is True
+        self.fc = nn.Linear(config.n_embd, (2 if self.gated else 1) * config.hidden, bias=bias)
+        self.proj = nn.Linear(config.hidden, config.n_embd, bias=bias)
 
     def forward(self, x, added=None):
         """x (B, T, C), added (T, hidden) to what the activation meets."""
-        x = self.fc(x)  # (B, T, hidden), twice as wide for swiglu
-        x, gated = (x, None) if self.activation != "swiglu" else x.chunk(2, dim=-1)
+        x, *gated = self.fc(x).chunk(2 if self.gated else 1, dim=-1)  # (B, T, hidden) each
         if added is not None:
             x = x + added.to(x.dtype)
-        if self.activation == "relu2":
-            x = F.relu(x).square()
-        elif self.activation == "gelu":
-            x = F.gelu(x)
-        else:
-            x = F.silu(x) * gated
-        return self.proj(x)
+        x = self.activation(x)
+        return self.proj(x * gated[0] if gated else x)
 
 
 def unit(x, eps):
@@ -432,9 +437,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(config):
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd, eps=1e-7, elementwise_affine=config.norm_affine)
-    return nn.LayerNorm(config.n_embd, elementwise_affine=config.norm_affine)
+    cls, eps = (RMSNorm, 1e-7) if config.norm == "rmsnorm" else (nn.LayerNorm, 1e-5)
+    return cls(config.n_embd, eps=config.norm_eps or eps, elementwise_affine=config.norm_affine)
 
 
 class Block(nn.Module):
@@ -442,13 +446,13 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.attn = make_norm(config), Attention(config, layer)
         self.ff_norm, self.ff = make_norm(config), FeedForward(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop, self.parallel = nn.Dropout(config.dropout), config.parallel_residual
 
     def forward(self, x, encoding, call):
         context = x if call.memory is None else call.memory.extend(self.attn.layer, x)
-        x = x + self.drop(self.attn(self.attn_norm(context), encoding, call))
+        y = x + self.drop(self.attn(self.attn_norm(context), encoding, call))
         added = encoding.ffn(encoding.positions(call.pos, call.length), self.ff.hidden)
-        return x + self.drop(self.ff(self.ff_norm(x), added))
+        return y + self.drop(self.ff(self.ff_norm(x if self.parallel else y), added))
 
 
 class GPT(nn.Module):
@@ -467,7 +471,8 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.token.weight
         self.max_length = min(encoding.max_length for encoding in self.posenc)
-        self.init_parameters(seed)
+        if seed is not None:  # None: for weights that come from elsewhere
+            self.init_parameters(seed)
 
     @torch.no_grad()
     def init_parameters(self, seed):

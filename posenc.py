@@ -475,20 +475,22 @@ class RoPE(Encoding):
         dynamic   ntk with s replaced by s L/T - (s - 1), where L = max(length of the context, T): with factor=1,
                   just as far as needed (emozilla, 2023)
         yarn      between w for pairs that turn over beta_fast times in T and w / s for those below beta_slow, linear in
-                  m as in the authors' code; cos and sin times .1 ln s + 1 (Peng et al. 2023)
+                  m as in the authors' code, from and to whole m unless truncate=False; cos and sin times .1 ln s + 1
+                  (Peng et al. 2023)
         llama3    w for wavelengths below T / high_freq_factor, w / s above T / low_freq_factor, smooth between
         longrope  w_m divided by long_factor[m], or short_factor[m] up to T; cos and sin times sqrt(1 + ln s / ln T)
                   (Ding et al. 2024, whose factors a search finds for each model)
 
-    dynamic and longrope change with the length of the context, so the cache then holds keys unrotated.
+    yarn and longrope take another factor on cos and sin from attention_factor. dynamic and longrope change with the
+    length of the context, so the cache then holds keys unrotated.
     """
 
     name = "rope"
     arguments = {
         "base": 10000.0, "fraction": 1.0, "dims": 0,
         "scaling": ("none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"), "factor": 8.0,
-        "beta_fast": 32.0, "beta_slow": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "short_factor": [], "long_factor": [],
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "short_factor": [], "long_factor": [], "attention_factor": 0.0,
     }  # fmt: skip
     shared = True
     relative = True
@@ -509,6 +511,7 @@ class RoPE(Encoding):
         self.require(given, "factor does nothing without a scaling; add scaling='yarn', say")
         self.require(self.scaling not in ("ntk", "dynamic") or self.dims > 2, f"{self.scaling} needs more than 2 dims")
         self.require(self.beta_fast > self.beta_slow > 0, "beta_fast must be above beta_slow, and both above 0")
+        self.require(self.attention_factor >= 0, f"attention_factor must not be negative, is {self.attention_factor}")
         self.require(self.high_freq_factor > self.low_freq_factor > 0, "high_freq_factor must be above low_freq_factor")
         if self.scaling == "longrope":
             self.require(self.train_length > 1, "longrope needs a training length above 1")
@@ -560,10 +563,13 @@ class RoPE(Encoding):
             """The index, not rounded, of the pair that makes so many turns in T."""
             return self.dims * math.log(self.train_length / (turns * 2 * math.pi)) / (2 * math.log(self.base))
 
-        low, high = max(math.floor(pair(self.beta_fast)), 0), min(math.ceil(pair(self.beta_slow)), self.dims - 1)
+        low, high = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.dims - 1)
         m = torch.arange(self.dims // 2, device=w.device, dtype=w.dtype)
         slow = ((m - low) / max(high - low, 0.001)).clamp(0, 1)  # .001: a step, where the ramp has no width
-        return w * (1 - slow) + w / self.factor * slow, 0.1 * math.log(self.factor) + 1
+        return w * (1 - slow) + w / self.factor * slow, self.attention_factor or 0.1 * math.log(self.factor) + 1
 
     def by_llama3(self, w, length):
         turns = self.train_length * w / (2 * math.pi)
@@ -572,7 +578,7 @@ class RoPE(Encoding):
 
     def by_longrope(self, w, length):
         factors = self.long_factor if length > self.train_length else self.short_factor
-        magnitude = math.sqrt(1 + math.log(self.factor) / math.log(self.train_length))
+        magnitude = self.attention_factor or math.sqrt(1 + math.log(self.factor) / math.log(self.train_length))
         return w / torch.tensor(factors, device=w.device, dtype=w.dtype), magnitude
 
 

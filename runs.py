@@ -14,6 +14,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+import hf
 import posenc
 import report
 from configs import Config, make
@@ -63,7 +64,10 @@ def save(folder, name, state):
 
 
 def find(run):
-    """A run folder, or a checkpoint file -> the checkpoint's path. UserError when there is none."""
+    """A run folder, a checkpoint file, or a published model (hf:...) -> the checkpoint's path, or that model's
+    config.json. UserError when there is none."""
+    if str(run).startswith(hf.PREFIX):
+        return hf.find(str(run)) / "config.json"
     path = Path(run)
     if path.is_file():
         return path
@@ -74,11 +78,16 @@ def find(run):
         beside = sorted(str(folder.parent) for folder in Path("out").glob(f"*/{CKPT}"))
         hint = posenc.nearest(str(run), beside) if beside else "train one with python train.py configs/rope.py"
         raise UserError(f"no run {run}; {hint}")
+    if (path / "config.json").exists() and any(path.glob("*.safetensors")):
+        raise UserError(f"{run} holds a published model and no run; name it hf:{run}")
     raise UserError(f"{run} holds no checkpoint ({CKPT}); train one with python train.py configs/rope.py")
 
 
 def load(run):
-    """A run folder or checkpoint file -> its state, of tensors and plain values. Nothing in it can run code."""
+    """A run folder, checkpoint file or published model -> its state, of tensors and plain values. Nothing in it can run
+    code."""
+    if str(run).startswith(hf.PREFIX):
+        return hf.load(str(run))
     path = find(run)
     previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
     if path.name == CKPT and previous.exists():
@@ -112,17 +121,17 @@ def config_of(state, **changes):
     return make(Config, state["config"] | changes)
 
 
-def build(config, device="cpu"):
-    """A new model with its initial weights; UserError for settings that do not fit together."""
+def build(config, device="cpu", initial=True):
+    """A new model with its initial weights, or any; UserError for settings that do not fit together."""
     try:
-        return GPT(config, config.seed).to(device)
+        return GPT(config, config.seed if initial else None).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def load_weights(model, state, fresh=False):
-    """Put a checkpoint's weights into the model. An encoding that the checkpoint was not trained with has none there:
-    that is an error, or with `fresh` it keeps its initial values."""
+def load_weights(model, state, fresh=False, share=False):
+    """Put a checkpoint's weights into the model, or with `share` the tensors themselves. An encoding that it was not
+    trained with has none there: that is an error, or with `fresh` it keeps its initial values."""
     weights, initial = state["model"], model.state_dict()
     old, new = state["config"]["posenc"], model.config.posenc
     if not posenc.derives(new, old):
@@ -138,7 +147,7 @@ def load_weights(model, state, fresh=False):
         raise UserError(
             f"the checkpoint's weights do not fit these settings ({wrong[0]}); leave the model's size as it was"
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=share)
 
 
 @dataclass
@@ -149,22 +158,29 @@ class Run:
     model: GPT  # in eval mode
     config: Config
     encoding: tiktoken.Encoding
-    data_checksum: str
+    data_checksum: str  # "" where the corpus is not known
     step: int  # at which it was saved
     trained: str | list  # the `posenc` it was trained with, whatever is laid over it
 
 
 def open_run(run, device="cpu", override=""):
-    """A run folder or checkpoint file -> Run. `override` is merged into its `posenc`."""
-    state = load(run)
-    config = config_of(state, posenc=merge_posenc(state["config"]["posenc"], override))
-    encoding = tokenizer.load(config.tokenizer)
+    """A run folder, checkpoint file or published model -> Run. `override` is merged into its `posenc`."""
+    return open_runs(run, [override], device)[0]
+
+
+def open_runs(run, overrides, device="cpu"):
+    """The same with each of several overrides. On the CPU they share their weights."""
+    state, opened = load(run), []
+    trained = state["config"]["posenc"]
+    encoding = tokenizer.load(state["config"]["tokenizer"])
     check_tokenizer(encoding, state)
-    model = build(config, device)
-    load_weights(model, state)
-    return Run(
-        run, model.eval(), config, encoding, state.get("data_checksum", ""), state["step"], state["config"]["posenc"]
-    )
+    for override in overrides:
+        config = config_of(state, posenc=merge_posenc(trained, override))
+        model = build(config, initial=False)
+        load_weights(model, state, share=True)
+        model = model.to(device).eval()
+        opened.append(Run(run, model, config, encoding, state.get("data_checksum", ""), state["step"], trained))
+    return opened
 
 
 def merge_posenc(spec, override):

@@ -99,8 +99,8 @@ def main(argv):
     if not posenc.derives(config.posenc, opened.trained):
         print(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense", file=sys.stderr)
     T, count = config.train_length, options.tokens or 8 * config.train_length
-    end = encoding.encode_single_token(tokenizer.END_OF_TEXT)
-    prompt = encoding.encode_ordinary(options.prompt) or [end]
+    end, begin = encoding.eot_token, tokenizer.begin(encoding)
+    prompt = [*begin, *encoding.encode_ordinary(options.prompt)] or [end]
     if not options.crop:
         try:
             model.check_length(len(prompt) + count - 1)

@@ -235,7 +235,8 @@ def field_type(key, cls, where):
 def flags(argv, cls):
     """['configs/rope.py', '--n_layer', '2', '--compile'] -> (['configs/rope.py'], {'n_layer': 2, 'compile': True}).
 
-    --key=value, --key value, and --key alone for a switch. --help prints every field of cls and exits.
+    --key=value, --key value, and --key alone for a switch. The fields that cls.repeats names may be given several times
+    and become lists. --help prints every field of cls and exits.
     """
     words, positional, settings = list(argv), [], {}
     while words:
@@ -253,13 +254,15 @@ def flags(argv, cls):
         hint = field_type(key, cls, word)
         if not given:
             switch = hint is bool or True in typing.get_args(hint)
-            if switch and (not words or words[0].lower() not in ("true", "false", "auto")):
+            values = {"true", "false", *map(str, typing.get_args(hint))}
+            if switch and (not words or words[0].lower() not in values):
                 text = "True"
             elif not words or words[0].startswith("--"):
                 raise UserError(f"{word} needs a value: {word}={default(key, cls)!r}, say")
             else:
                 text = words.pop(0)
-        settings[key] = convert_flag(text, key, cls, f"--{key}")
+        value = convert_flag(text, key, cls, f"--{key}")
+        settings[key] = [*settings.get(key, []), value] if key in getattr(cls, "repeats", ()) else value
     return positional, settings
 
 

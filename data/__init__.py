@@ -91,7 +91,7 @@ def prepare(source, config, encoding, fingerprint, folder):
     dtype = np.dtype("<u2" if encoding.n_vocab <= 1 << 16 else "<u4")
     part = folder.with_name(f"{folder.name}.{platform.node()}-{os.getpid()}.part")
     part.mkdir(parents=True, exist_ok=True)
-    end = np.array([encoding.encode_single_token(tokenizer.END_OF_TEXT)], dtype)
+    begin, end = tokenizer.begin(encoding), [encoding.eot_token]
     starts, tokens = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     digest = {split: hashlib.sha256() for split in SPLITS}
     try:
@@ -102,7 +102,7 @@ def prepare(source, config, encoding, fingerprint, folder):
             ):
                 if not document:
                     continue
-                ids = np.concatenate((np.array(encoding.encode_ordinary(document), dtype), end))
+                ids = np.array([*begin, *encoding.encode_ordinary(document), *end], dtype)
                 starts[split].append(tokens[split])
                 tokens[split] += len(ids)
                 digest[split].update(ids.tobytes())

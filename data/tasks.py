@@ -107,7 +107,7 @@ class Task:
     def __init__(self, config, encoding):
         self.name, self.example = config.dataset, TASKS[config.dataset]
         self.shortest = len("".join(self.example(0, np.random.default_rng(0))))
-        self.end = encoding.encode_single_token(tokenizer.END_OF_TEXT)
+        self.end = encoding.eot_token
         least = min(length for _, length in config.phases)
         for wrong, said in (
             (config.tokenizer != "bytes", "is spelt in characters; take --tokenizer=bytes"),

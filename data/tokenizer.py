@@ -4,6 +4,7 @@ bytes        the 256 bytes and an end-of-text token; the default
 bpe          4,096 tokens learned by data/bpe.py from the source of the Python standard library; shipped
 gpt2, ...    tiktoken's own, downloaded by tiktoken on first use
 a file       FILE.tiktoken, as `python -m data.bpe` writes it
+hf:FOLDER    the tokenizer.json of a published model, behind the same methods (hf.py)
 """
 
 import hashlib
@@ -22,6 +23,10 @@ SHIPPED = {"bpe": Path(__file__).parent / "python4096.tiktoken"}
 
 def load(name):
     """A tokenizer's name -> tiktoken.Encoding. UserError says what to type, or where to put a file."""
+    if name.startswith("hf:"):
+        import hf  # here, as it takes its names from this module
+
+        return hf.load_tokenizer(name)
     if name == "bytes":
         return make(name, r"(?s:.)", {bytes([byte]): byte for byte in range(256)})
     from data import bpe  # here, or `python -m data.bpe` would find itself imported
@@ -46,6 +51,11 @@ def load(name):
 
 def make(name, pattern, ranks):
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def begin(tokenizer):
+    """The ids that a text starts with: none, but in some published models."""
+    return getattr(tokenizer, "begin", [])
 
 
 def fingerprint(tokenizer):

@@ -1,0 +1,523 @@
+"""Published checkpoints in, ours out: Hugging Face folders of config.json, safetensors and tokenizer.json.
+
+    python sample.py hf:FOLDER            or hf:OWNER/NAME, which is downloaded: wherever a run can be named
+    python hf.py out/rope FOLDER          writes a finished run as such a folder, which `transformers` loads
+
+FAMILIES maps the names that their files use to ours. What a config.json asks for and this model does not compute is an
+error that names the key, and so is a tensor that has no place in it.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import posenc
+from configs import Config, make
+from data import tokenizer
+from errors import UserError
+from model import GPT
+
+try:
+    import tokenizers
+    from safetensors import SafetensorError, safe_open
+except ImportError:  # an extra, requirements-hf.txt
+    tokenizers = None
+
+PREFIX = "hf:"
+TOKENIZER, WEIGHTS, INDEX = "tokenizer.json", "model.safetensors", "model.safetensors.index.json"
+FILES = ("config.json", TOKENIZER, "model*.safetensors", INDEX)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NO_WEIGHTS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # of older writers
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the files of one family say what GPTConfig and GPT say."""
+
+    architecture: str  # their class
+    keys: dict  # our setting -> their key, and after bars other names of it
+    settings: dict  # ours that all its models have, or those without the key
+    only: dict  # their key -> the value that it must have where it is given
+    read: Callable  # config.json -> our settings that take more than one key
+    write: Callable  # Config -> their keys for these
+    modules: dict  # our module -> theirs, or those that ours has stacked; {} is the layer
+    prefix: str  # of all their modules but the head; some writers leave it out
+    transposed: bool = False  # matrices in their blocks are (inputs, outputs)
+    by_head: bool = False  # stacked rows are a head's query, key and value, then the next head's
+
+
+def unsupported(key, value):
+    raise ValueError(f"{key}={value!r} is not supported")
+
+
+# rope_type -> our scaling, and the keys that go with it in both
+SCALINGS = {
+    "default": ("none", ()),
+    "linear": ("linear", ("factor",)),
+    "dynamic": ("dynamic", ("factor",)),
+    "yarn": ("yarn", ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor")),
+    "llama3": ("llama3", ("factor", "low_freq_factor", "high_freq_factor")),
+    "longrope": ("longrope", ("factor", "short_factor", "long_factor", "attention_factor")),
+    "proportional": ("linear", ("factor",)),  # of a share of the pairs
+}
+FROM_ORIGINAL = ("yarn", "llama3", "longrope")  # relative to original_max_position_embeddings
+
+
+def read_rope(cfg, base="rope_theta", share="partial_rotary_factor", usual_share=1.0):
+    """posenc and original_length, from `rope_parameters` or, in older files, `rope_scaling` and the keys beside it,
+    whose names are given."""
+    given = cfg.get("rope_parameters") or cfg.get("rope_scaling") or {}
+    given = {key: value for key, value in given.items() if value is not None}
+    kind = [given.pop(key, None) for key in ("type", "rope_type")]
+    kind = kind[1] or kind[0] or "default"
+    if kind not in SCALINGS:
+        unsupported("rope_type", kind)
+    scaling, keys = SCALINGS[kind]
+    head_dim, longest = cfg["hidden_size"] // cfg["num_attention_heads"], cfg["max_position_embeddings"]
+    original = given.pop("original_max_position_embeddings", longest)
+    original = (cfg.get("original_max_position_embeddings") or original) if kind in FROM_ORIGINAL else longest
+    arguments = {"base": float(given.pop("rope_theta", cfg.get(base, 10000.0)))}
+    turned = float(given.pop("partial_rotary_factor", cfg.get(share, usual_share)))
+    if kind == "proportional":
+        arguments["fraction"] = turned
+    elif int(head_dim * turned) != head_dim:
+        arguments["dims"] = int(head_dim * turned)
+    if kind in ("yarn", "longrope"):
+        given.setdefault("factor", longest / original)
+    if kind == "yarn":
+        over, under = (given.pop(key, 0) for key in ("mscale", "mscale_all_dim"))
+        if over and under:
+            over, under = (0.1 * scale * math.log(given["factor"]) + 1 for scale in (over, under))
+            given.setdefault("attention_factor", over / under)
+    for key in given.keys() - set(keys):
+        unsupported(f"rope_scaling: {key}", given[key])
+    if scaling != "none" and (scaling, given.get("factor", 1)) != ("linear", 1):
+        arguments |= {"scaling": scaling} | given
+    text = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return {"posenc": f"rope({text})", "original_length": original if original != longest else 0}
+
+
+def write_rope(config, base="rope_theta", share="partial_rotary_factor", usual_share=1.0):
+    """The inverse, in the older form, which all versions of transformers read; {} for what is no rope."""
+    cls, arguments = posenc.parse(config.posenc) if isinstance(config.posenc, str) else (None, {})
+    if cls is not posenc.RoPE:
+        return {}
+    arguments = cls.checked(arguments)
+    scaling, T, head_dim = arguments["scaling"], config.sizes["train_length"], config.sizes["head_dim"]
+    kind = next(kind for kind, (ours, _) in SCALINGS.items() if ours == scaling)
+    cfg = {base: arguments["base"]}
+    if arguments["dims"] not in (0, head_dim) or usual_share != 1:
+        cfg[share] = (arguments["dims"] or head_dim) / head_dim
+    if arguments["fraction"] != 1:
+        kind = "proportional"
+    if kind == "dynamic":
+        cfg["max_position_embeddings"] = T
+    if kind != "default":
+        given = {key: arguments[key] for key in SCALINGS[kind][1] if arguments[key] or key == "truncate"}
+        if kind == "proportional":
+            given = {"factor": 1.0 if scaling == "none" else arguments["factor"]}
+            given["partial_rotary_factor"] = arguments["fraction"]
+        if kind in FROM_ORIGINAL:
+            given["original_max_position_embeddings"] = T
+        cfg["rope_scaling"] = {"rope_type": kind} | given
+    return cfg
+
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
+
+
+def read_activation(cfg, key, usual):
+    theirs = cfg.get(key) or usual
+    if theirs not in ACTIVATIONS:
+        unsupported(key, theirs)
+    return {"activation": ACTIVATIONS[theirs]}
+
+
+def write_activation(config, key):
+    return {key: next((theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation), None)}
+
+
+def read_llama(cfg):
+    wide = cfg["hidden_size"] // cfg["num_attention_heads"]
+    if cfg.get("head_dim") not in (None, wide):
+        unsupported("head_dim", cfg["head_dim"])
+    bias = {(False, False): False, (True, False): "attention", (True, True): True}
+    given = bool(cfg.get("attention_bias")), bool(cfg.get("mlp_bias"))
+    if given not in bias:
+        unsupported("mlp_bias", True)
+    return read_rope(cfg) | {"bias": bias[given]}
+
+
+def write_llama(config):
+    return write_rope(config) | {"attention_bias": bool(config.bias), "mlp_bias": config.bias is True}
+
+
+NEOX_ROPE = dict(base="rotary_emb_base", share="rotary_pct", usual_share=0.25)
+LAYERNORM = dict(norm="layernorm", norm_affine=True, norm_eps=1e-5, bias=True)
+LLAMA = Family(
+    architecture="LlamaForCausalLM",
+    keys={
+        "vocab_size": "vocab_size",
+        "train_length": "max_position_embeddings",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "n_embd": "hidden_size",
+        "n_hidden": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    settings=dict(
+        norm="rmsnorm", norm_affine=True, norm_eps=1e-6, activation="swiglu", embed_norm=False, n_kv_head=0,
+        tie_embeddings=False,
+    ),
+    only={"hidden_act": "silu", "partial_rotary_factor": 1.0},
+    read=read_llama,
+    write=write_llama,
+    modules={
+        "token": "embed_tokens",
+        "blocks.{}.attn_norm": "layers.{}.input_layernorm",
+        "blocks.{}.attn.qkv": [f"layers.{{}}.self_attn.{part}_proj" for part in "qkv"],
+        "blocks.{}.attn.proj": "layers.{}.self_attn.o_proj",
+        "blocks.{}.ff_norm": "layers.{}.post_attention_layernorm",
+        "blocks.{}.ff.fc": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
+        "blocks.{}.ff.proj": "layers.{}.mlp.down_proj",
+        "norm": "norm",
+        "head": "lm_head",
+    },
+    prefix="model.",
+)  # fmt: skip
+
+FAMILIES = {
+    "llama": LLAMA,
+    "qwen2": dataclasses.replace(
+        LLAMA,
+        architecture="Qwen2ForCausalLM",
+        settings=LLAMA.settings | {"bias": "qkv"},
+        only=LLAMA.only | {"use_sliding_window": False},
+        read=read_rope,
+        write=write_rope,
+    ),
+    "gpt2": Family(
+        architecture="GPT2LMHeadModel",
+        keys={
+            "vocab_size": "vocab_size",
+            "train_length": "n_positions",
+            "n_layer": "n_layer",
+            "n_head": "n_head",
+            "n_embd": "n_embd",
+            "n_hidden": "n_inner",
+            "norm_eps": "layer_norm_epsilon",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        settings=LAYERNORM | dict(posenc="learned", embed_norm=False, n_hidden=0, tie_embeddings=True),
+        only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        read=lambda cfg: read_activation(cfg, "activation_function", "gelu_new"),
+        write=lambda config: write_activation(config, "activation_function"),
+        modules={
+            "token": "wte",
+            "posenc.{}": "wpe",
+            "blocks.{}.attn_norm": "h.{}.ln_1",
+            "blocks.{}.attn.qkv": "h.{}.attn.c_attn",
+            "blocks.{}.attn.proj": "h.{}.attn.c_proj",
+            "blocks.{}.ff_norm": "h.{}.ln_2",
+            "blocks.{}.ff.fc": "h.{}.mlp.c_fc",
+            "blocks.{}.ff.proj": "h.{}.mlp.c_proj",
+            "norm": "ln_f",
+            "head": "lm_head",
+        },
+        prefix="transformer.",
+        transposed=True,
+    ),
+    "gpt_neox": Family(
+        architecture="GPTNeoXForCausalLM",
+        keys={
+            "vocab_size": "vocab_size",
+            "train_length": "max_position_embeddings",
+            "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads",
+            "n_embd": "hidden_size",
+            "n_hidden": "intermediate_size",
+            "norm_eps": "layer_norm_eps",
+            "parallel_residual": "use_parallel_residual",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        settings=LAYERNORM | dict(parallel_residual=True, embed_norm=False, tie_embeddings=False),
+        only={"attention_bias": True},
+        read=lambda cfg: read_rope(cfg, **NEOX_ROPE) | read_activation(cfg, "hidden_act", "gelu"),
+        write=lambda config: write_rope(config, **NEOX_ROPE) | write_activation(config, "hidden_act"),
+        modules={
+            "token": "embed_in",
+            "blocks.{}.attn_norm": "layers.{}.input_layernorm",
+            "blocks.{}.attn.qkv": "layers.{}.attention.query_key_value",
+            "blocks.{}.attn.proj": "layers.{}.attention.dense",
+            "blocks.{}.ff_norm": "layers.{}.post_attention_layernorm",
+            "blocks.{}.ff.fc": "layers.{}.mlp.dense_h_to_4h",
+            "blocks.{}.ff.proj": "layers.{}.mlp.dense_4h_to_h",
+            "norm": "final_layer_norm",
+            "head": "lm_head",
+        },
+        prefix="gpt_neox.",
+        by_head=True,
+    ),
+    "bloom": Family(
+        architecture="BloomForCausalLM",
+        keys={
+            "vocab_size": "vocab_size",
+            "train_length": "seq_length",
+            "n_layer": "n_layer|num_hidden_layers",
+            "n_head": "n_head|num_attention_heads",
+            "n_embd": "hidden_size|n_embed",
+            "norm_eps": "layer_norm_epsilon",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        settings=LAYERNORM
+        | dict(posenc="alibi", activation="gelu_tanh", embed_norm=True, train_length=2048, tie_embeddings=True),
+        only={"apply_residual_connection_post_layernorm": False},
+        read=lambda cfg: {},
+        write=lambda config: {},
+        modules={
+            "token": "word_embeddings",
+            "token_norm": "word_embeddings_layernorm",
+            "blocks.{}.attn_norm": "h.{}.input_layernorm",
+            "blocks.{}.attn.qkv": "h.{}.self_attention.query_key_value",
+            "blocks.{}.attn.proj": "h.{}.self_attention.dense",
+            "blocks.{}.ff_norm": "h.{}.post_attention_layernorm",
+            "blocks.{}.ff.fc": "h.{}.mlp.dense_h_to_4h",
+            "blocks.{}.ff.proj": "h.{}.mlp.dense_4h_to_h",
+            "norm": "ln_f",
+            "head": "lm_head",
+        },
+        prefix="transformer.",
+        by_head=True,
+    ),
+}
+
+
+def settings_of(cfg):
+    """config.json -> our settings of the model. ValueError names the key that this model does not know."""
+    if cfg.get("model_type") not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model_type={cfg.get('model_type')!r} is not supported; those that are: {known}")
+    family = FAMILIES[cfg["model_type"]]
+    found = dict(family.settings)
+    for ours, names in family.keys.items():
+        given = [cfg[name] for name in names.split("|") if cfg.get(name) is not None]
+        if not given and ours not in found:
+            raise ValueError(f"it lacks {names.split('|')[0]}")
+        found[ours] = given[0] if given else found[ours]
+    for key, value in ({"quantization_config": None, "is_encoder_decoder": False} | family.only).items():
+        if cfg.get(key) not in (None, value):
+            unsupported(key, cfg[key])
+    return found | family.read(cfg)
+
+
+def skeleton(config):
+    """{name: tensor} of the model's shapes, without memory."""
+    with torch.device("meta"):
+        return GPT(config, seed=None).state_dict()
+
+
+def theirs(family, name):
+    """The name of one of our tensors -> the names of theirs, stacked; without the prefix."""
+    module, _, leaf = name.rpartition(".")
+    layer = re.search(r"\d+", module)
+    found = family.modules[re.sub(r"\d+", "{}", module)]
+    found = found if isinstance(found, list) else [found]
+    return [f"{one.format(layer[0] if layer else '')}.{leaf}" for one in found]
+
+
+def turned(family, name, tensor, n_head, back=False):
+    """One of their tensors in our layout, or `back` in theirs."""
+    if family.transposed and name.startswith("blocks.") and tensor.dim() == 2:
+        return tensor.T.contiguous()
+    if family.by_head and ".attn.qkv." in name:
+        order = (3, n_head) if back else (n_head, 3)
+        return tensor.unflatten(0, (*order, -1)).transpose(0, 1).flatten(0, 2)
+    return tensor
+
+
+class Folder:
+    """The safetensors of a folder: names, shapes and tensors. UserError for what is missing or damaged."""
+
+    def __init__(self, folder):
+        self.folder, self.files = folder, {}
+        if (folder / INDEX).exists():
+            names = read_json(folder / INDEX).get("weight_map", {})
+        elif (folder / WEIGHTS).exists():
+            names = {}
+        else:
+            raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}; other formats can run code and are not read")
+        for file in sorted(set(names.values())) or [WEIGHTS]:
+            if not (folder / file).exists():
+                raise UserError(f"{folder} lacks {file}, which {INDEX} names; download it again")
+            try:
+                opened = safe_open(folder / file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{folder / file} is damaged, perhaps cut short ({error}); download it again") from None
+            self.files |= dict.fromkeys(opened.keys(), opened)
+        for name in names.keys() - self.files.keys():
+            raise UserError(f"{folder / names[name]} lacks {name}, which {INDEX} says is in it; download it again")
+
+    def read(self, name):
+        return self.files[name].get_tensor(name)
+
+
+def weights(folder, cfg, config):
+    """{our name: tensor} in float32. UserError for what is missing, left over, or of another shape than config.json
+    says."""
+    family, stored, state, used = FAMILIES[cfg["model_type"]], Folder(folder), {}, set()
+    for name, empty in skeleton(config).items():
+        if name == "head.weight" and config.tie_embeddings:
+            state[name] = state["token.weight"]
+            continue
+        names = theirs(family, name)
+        names = [family.prefix + one if family.prefix + one in stored.files else one for one in names]
+        for one in names:
+            if one not in stored.files:
+                raise UserError(f"{folder} lacks the tensor {one}; download it again")
+        parts = [stored.read(one) for one in names]
+        used.update(names)
+        if any(part.dtype not in FLOATS for part in parts):
+            raise UserError(f"{folder}: {names[0]} is of {parts[0].dtype}, and quantised weights are not supported")
+        asked = list(turned(family, name, empty, config.n_head, back=True).shape)
+        if [sum(len(part) for part in parts), *parts[0].shape[1:]] != asked or len({p.shape[1:] for p in parts}) > 1:
+            shapes = ", ".join(f"{one} is {list(part.shape)}" for one, part in zip(names, parts, strict=True))
+            raise UserError(f"{folder}: {shapes}, and config.json asks for {asked}: they do not belong together")
+        state[name] = turned(family, name, torch.cat(parts) if parts[1:] else parts[0], config.n_head).float()
+    for name in sorted(stored.files.keys() - used):
+        if not NO_WEIGHTS.search(name) and not (name == "lm_head.weight" and config.tie_embeddings):
+            raise UserError(f"{folder}: the tensor {name} has no place in this {cfg['model_type']} model")
+    return state
+
+
+def load(name):
+    """hf:FOLDER or hf:OWNER/NAME -> a state as `runs.load` gives it, after no step, and of no known corpus."""
+    folder = find(name)
+    cfg = read_json(folder / "config.json")
+    try:
+        settings = settings_of(cfg)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    config = make(Config, settings | {"tokenizer": f"{PREFIX}{folder.resolve()}" if is_folder(name) else name})
+    encoding = Tokenizer(folder, cfg)
+    if encoding.n_vocab > config.vocab_size:
+        raise UserError(
+            f"{folder / TOKENIZER} has {encoding.n_vocab} tokens, and config.json's vocab_size is {config.vocab_size}: "
+            "they do not belong together"
+        )
+    return {
+        "model": weights(folder, cfg, config),
+        "step": 0,
+        "config": dataclasses.asdict(config),
+        "tokenizer_fingerprint": tokenizer.fingerprint(encoding),
+    }
+
+
+def read_json(path):
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object")
+    return value
+
+
+def is_folder(name):
+    return Path(name.removeprefix(PREFIX)).expanduser().is_dir()
+
+
+def find(name):
+    """hf:FOLDER or hf:OWNER/NAME -> the folder, downloaded if need be; UserError says what to do instead."""
+    if tokenizers is None:
+        raise UserError(f"{name}: published models take more packages: pip install -r requirements-hf.txt")
+    place = name.removeprefix(PREFIX)
+    if is_folder(name):
+        return Path(place).expanduser()
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place):
+        raise UserError(f"{name}: there is no folder {place}; name one with {', '.join(FILES)}, or OWNER/NAME")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(place, allow_patterns=FILES))
+    except Exception as error:  # of the network, of HTTP, of the disk: it passes on what it met
+        raise UserError(
+            f"{name} is no folder here, and cannot be downloaded: {str(error).splitlines()[0]}; get {', '.join(FILES)} "
+            f"elsewhere, and name their folder: hf:FOLDER"
+        ) from None
+
+
+def byte_characters():
+    """The character that stands for each of the 256 bytes in GPT-2's vocabulary files: itself where it can be seen,
+    else the next one from 256 on (Radford et al. 2019, encoder.py)."""
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = iter(range(256, 512))
+    return [chr(byte if byte in seen else next(hidden)) for byte in range(256)]
+
+
+class Tokenizer:
+    """A tokenizer.json, asked as a tiktoken.Encoding is. `begin`: the ids that a text starts with."""
+
+    def __init__(self, folder, cfg):
+        path = folder / TOKENIZER
+        if not path.exists():
+            raise UserError(f"{folder} has no {TOKENIZER}; save one there with transformers: tokenizer.save_pretrained")
+        try:
+            self.inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # it raises nothing narrower
+            raise UserError(f"{path} is damaged ({error}); download it again") from None
+        self.begin = self.inner.encode("").ids
+        self.inner.encode_special_tokens = True  # text that looks like a special token is text
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.name = folder.name
+        decoder = json.dumps(json.loads(self.inner.to_str())["decoder"])
+        if "ByteLevel" not in decoder and "Metaspace" not in decoder and "ByteFallback" not in decoder:
+            raise UserError(f"{path}: its decoder is not supported; those of bytes and of sentencepiece are")
+        added = self.inner.get_added_tokens_decoder()
+        self.special = {token.content: id for id, token in added.items() if token.special}
+        vocabulary = self.inner.get_vocab(with_added_tokens=True)
+        self.n_vocab = max(vocabulary.values()) + 1
+        self.bytes = [b""] * self.n_vocab
+        of_character = {character: byte for byte, character in enumerate(byte_characters())}
+        for text, id in vocabulary.items():
+            if id in added:
+                self.bytes[id] = text.encode()
+            elif "ByteLevel" in decoder:
+                self.bytes[id] = bytes(of_character[character] for character in text)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", text):
+                self.bytes[id] = bytes([int(text[3:5], 16)])
+            else:
+                self.bytes[id] = text.replace("\u2581", " ").encode()
+        ends = cfg.get("eos_token_id")
+        self.eot_token = ends[0] if isinstance(ends, list) and ends else ends
+        if self.eot_token not in range(self.n_vocab):
+            raise UserError(f"{folder / 'config.json'}: eos_token_id={ends} is no id of {TOKENIZER}")
+
+    @property
+    def special_tokens_set(self):
+        return set(self.special)
+
+    def encode_ordinary(self, text):
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_single_token(self, text):
+        return self.inner.token_to_id(text)
+
+    def decode_single_token_bytes(self, token):
+        return self.bytes[token]
+
+    def decode_bytes(self, tokens):
+        return b"".join(self.bytes[token] for token in tokens)
+
+
+def load_tokenizer(name):
+    folder = find(name)
+    return Tokenizer(folder, read_json(folder / "config.json"))
