@@ -60,6 +60,14 @@ class Device:
             return x.contiguous().pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device)
 
+    def prepare(self, model):
+        """Put a model there that is not going to be trained. Its layers' weights take the dtype of products once, which
+        `autocast` would convert in every call."""
+        model.to(self.device)
+        layers = [module for module in (*model.blocks.modules(), model.head) if isinstance(module, torch.nn.Linear)]
+        for layer in layers if model.head.weight is not model.token.weight else layers[:-1]:
+            layer.to(self.dtype)
+
     def synchronize(self):
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()

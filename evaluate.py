@@ -1,6 +1,7 @@
 """How far checkpoints extrapolate, for contexts of L tokens from half to 16 times the training length T.
 
     python evaluate.py out/rope out/alibi --out_dir=out/reach
+    python evaluate.py hf:FOLDER --posenc=rope --posenc='rope(scaling="yarn", factor=2)' --lengths='[4096, 8192, 16384]'
 
 **The same targets**: the last T/4 tokens of windows inside one long validation document each, with the L tokens that
 end there as input. Every length is asked the same question and only the context grows: a loss that falls uses the
@@ -20,7 +21,7 @@ import functools
 import itertools
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,14 +34,15 @@ import inside
 import probes
 import report
 import runs
-from configs import flags, make
+from configs import Dtype, flags, make
 from data import tasks, tokenizer
 from errors import UserError, run
 from model import Cache, require
 
 MULTIPLES = (0.5, 1, 1.1, 1.25, 1.5, 2, 4, 8, 16)  # of the training length
 HOLDS = 1.05  # a length holds while its perplexity is at most so many times that at T
-CHUNK = 512  # tokens that enter the cache at once
+CHUNK = 1 << 14  # tokens that enter the cache at once, and that windows computed together have
+SCORED = 512  # tokens whose logits are computed at once
 
 
 @torch.inference_mode()
@@ -89,7 +91,7 @@ def token_losses(model, ids, scored, device, **reading):
     with device.autocast():
         for part in context.split(CHUNK, dim=1) if context.shape[1] else ():
             model(part, cache=cache, last=1)
-        for x, y in zip(inputs.split(CHUNK, dim=1), targets.split(CHUNK, dim=1), strict=True):
+        for x, y in zip(inputs.split(SCORED, dim=1), targets.split(SCORED, dim=1), strict=True):
             losses.append(model(x, y, cache=cache))
     return torch.cat(losses, dim=1).cpu()
 
@@ -107,13 +109,18 @@ def windowed_losses(model, ids, length, stride, device, **reading):
 
 def at_once(model, length):
     """Windows of so many tokens that are computed together: what their activations and logits leave room for."""
-    return max(1, min(1 << 14, (1 << 28) // model.config.vocab_size) // length)
+    return max(1, min(CHUNK, (1 << 28) // model.config.vocab_size) // length)
+
+
+def scored_at(T, multiples=MULTIPLES):
+    """Targets of a window: the last T/4 tokens, and at most half of the shortest context."""
+    return max(1, min(T // 4, int(T * min(multiples)) // 2))
 
 
 def reach(model, T, available, multiples=MULTIPLES):
-    """Tokens of context to measure (T/4 at least: the targets are as many), as far as there is text, and those of them
-    that the encoding has positions for. UserError where there are none."""
-    wanted = [max(1, T // 4, round(T * m)) for m in multiples]
+    """Tokens of context to measure, as far as there is text, and those of them that the encoding has positions for.
+    UserError where there are none."""
+    wanted = [max(1, round(T * m)) for m in multiples]
     lengths = [length for length in wanted if length < available]
     if min(wanted) > min(available - 1, model.max_length):
         least = f"{min(wanted)} tokens of context, the least for a T of {T}"
@@ -128,7 +135,7 @@ def length_loss(model, dataset, device, count, multiples=MULTIPLES, T=0, **readi
     model's own unless given. The processes of a run share the windows among them.
     """
     T = T or model.config.train_length
-    scored = max(1, T // 4)
+    scored = scored_at(T, multiples)
     lengths, reached = reach(model, T, len(dataset.val), multiples)
     windows = long_windows(dataset, lengths[-1], scored, count)
     mine, losses = windows[device.rank :: device.world], []
@@ -205,21 +212,23 @@ def summary(model, dataset, device, count):
     return result
 
 
-def measure(model, dataset, encoding, device, count, T=0, **reading):
-    """All of it, with count windows of targets -> a result: see length_loss, usual_losses and inside.attention; or, for
-    a task, `summary`."""
+def measure(model, dataset, encoding, device, count, T=0, lengths=(), **reading):
+    """All of it, with count windows of targets -> a result: see length_loss, usual_losses and inside.attention; or the
+    loss of the same targets at these lengths alone; or, for a task, `summary`."""
     T = T or model.config.train_length
     if dataset.masks:
         if model.config.train_length != T or any(reading.values()):
             raise UserError("tasks are read as they were trained: leave out --train_length, --window and --log_n")
         return summary(model, dataset, device, count)
+    if lengths:
+        return length_loss(model, dataset, device, count, [length / T for length in lengths], T, **reading)
     result = length_loss(model, dataset, device, count, T=T, **reading)
     few = max(1, count // 8)  # each of them has 64 times as many tokens as a window has targets
     result |= usual_losses(model, dataset, tokenizer.byte_lengths(encoding), device, few, T=T, **reading)
     result["by_position"] = position_loss(model, dataset, device, count, T, **reading)
     if not any(reading.values()):  # under a window attention is another
         lengths, reached = reach(model, T, len(dataset.val))
-        windows = long_windows(dataset, lengths[-1], max(1, T // 4), few)
+        windows = long_windows(dataset, lengths[-1], scored_at(T), few)
         result["attention"] = inside.attention(model, windows, device, reached, T=T)
     return result
 
@@ -333,9 +342,11 @@ def pictures(folder, results, seeds=()):
 @dataclass
 class Options:
     usage: ClassVar[str] = "python evaluate.py RUN [RUN ...] [--key=value ...]"
+    repeats: ClassVar[tuple] = ("posenc",)
 
     targets: int = 128  # windows scored at every length
-    posenc: str | list = ""  # arguments for the runs' encoding, or another encoding, at test time
+    lengths: list = field(default_factory=list)  # tokens of context: measure the same targets there, and nothing else
+    posenc: str | list = ""  # arguments for the runs' encoding, or another, at test time; several to compare them
     window: int = 0  # attend to the last WINDOW tokens alone; 0 means to all
     sinks: int = 0  # with a window, keep the first SINKS tokens in sight too
     log_n: bool = False  # multiply queries by ln n / ln T where they see n > T tokens
@@ -346,6 +357,7 @@ class Options:
     table: str = ""  # also write the first table to this Markdown file, with what made it
     picture: str = ""  # also draw the curves into this PNG
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Dtype = "auto"  # of products; auto is the run's
     data_dir: str = ""  # where the token files are; by default where the run had them
 
     def __post_init__(self):
@@ -353,6 +365,9 @@ class Options:
         for key in ("window", "sinks", "train_length"):
             require(getattr(self, key) >= 0, f"--{key} must not be negative")
         require(self.window or not self.sinks, "--sinks needs a --window")
+        ascending = all(type(x) is int and x > 1 for x in self.lengths) and self.lengths == sorted(set(self.lengths))
+        require(ascending, f"--lengths={self.lengths} must rise, as in --lengths='[1024, 2048, 4096]'")
+        require(not (self.lengths and self.frequencies), "--frequencies and --lengths exclude each other")
         require(not self.picture or self.picture.endswith(".png"), f"--picture={self.picture} must end in .png")
         for key, path in (("table", self.table), ("picture", self.picture)):
             require(Path(path).parent.is_dir(), f"--{key}={path}: there is no folder {Path(path).parent}")
@@ -371,7 +386,7 @@ def open_dataset(opened, options):
     config.data_dir = options.data_dir or config.data_dir
     if not options.data:
         dataset = data.open_dataset(config, opened.encoding)
-        if dataset.meta["data_checksum"] != opened.data_checksum:
+        if opened.data_checksum and dataset.meta["data_checksum"] != opened.data_checksum:
             where = dataset.folder
             raise UserError(f"the corpus of {opened.path} is not the one here ({where}); name another --data_dir")
         return dataset
@@ -388,10 +403,12 @@ def measured(opened_runs, datasets, device, options):
     """Measure the runs -> ({name: result}, lines of all tables)."""
     results = {}
     for name, opened in opened_runs.items():
-        known = {"step": opened.step, "posenc": opened.config.posenc, "data_checksum": opened.data_checksum}
+        known = {"step": opened.step, "posenc": opened.config.posenc}
+        if opened.data_checksum:
+            known["data_checksum"] = opened.data_checksum
         results[name] = known | measure(
             opened.model, datasets[name], opened.encoding, device, options.targets, options.train_length,
-            window=options.window or None, sinks=options.sinks, log_n=options.log_n,
+            options.lengths, window=options.window or None, sinks=options.sinks, log_n=options.log_n,
         )  # fmt: skip
     return results, tables(results)
 
@@ -402,7 +419,7 @@ def rotations(opened_runs, datasets, device, options):
     for name, opened in opened_runs.items():
         T, dataset = opened.config.train_length, datasets[name]
         loss = functools.partial(length_loss, opened.model, dataset, device, options.targets, (1, 2, 4))
-        looked_at[name] = opened.model, long_windows(dataset, T, max(1, T // 4), options.targets), loss
+        looked_at[name] = opened.model, long_windows(dataset, T, scored_at(T), options.targets), loss
     lines, results = inside.report_frequencies(looked_at, device, options.out_dir)
     return results, lines
 
@@ -416,8 +433,12 @@ def main(argv):
         raise UserError("--frequencies draws pictures: name a folder for them, --out_dir=out/frequencies say")
     names = [Path(path).name for path in paths]
     names = names if len(set(names)) == len(names) else paths
+    overrides = list(map(str, options.posenc)) or [""]
     # All of them first: a mistake comes before the work.
-    opened_runs = {n: runs.open_run(path, override=options.posenc) for n, path in zip(names, paths, strict=True)}
+    opened_runs = {}
+    for name, path in zip(names, paths, strict=True):
+        ways = [name] if len(overrides) == 1 else [f"{name}: {way}" if paths[1:] else way for way in overrides]
+        opened_runs |= zip(ways, runs.open_runs(path, options.posenc or [""]), strict=True)
     if len({opened.config.tokenizer for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
     if options.frequencies:
@@ -429,9 +450,10 @@ def main(argv):
     if len({opened.config.dataset in tasks.TASKS for opened in opened_runs.values()}) > 1:
         raise UserError("some of these runs learned a task and some a text: exact match and loss do not compare them")
     datasets = {name: open_dataset(opened, options) for name, opened in opened_runs.items()}
-    device = devices.choose(options.device, opened_runs[names[0]].config.dtype)
+    dtype = next(iter(opened_runs.values())).config.dtype if options.dtype == "auto" else options.dtype
+    device = devices.choose(options.device, dtype)
     for opened in opened_runs.values():
-        opened.model.to(device.device)
+        device.prepare(opened.model)
     what = "frequencies" if options.frequencies else "length"
     results, lines = (rotations if options.frequencies else measured)(opened_runs, datasets, device, options)
     print("\n".join(lines))

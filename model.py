@@ -214,10 +214,11 @@ def visible(q_pos, k_pos, window=None, sinks=0):
 def kernel(encoding, q, seen, sunk, keys, dropout):
     """How attention of q (B, H, T, D) over so many keys is computed: "fused", "folded", "biased" (the fused kernel with
     a mask of numbers), "flex" (a kernel made for biases by distance) or "written out". In half precision the fused
-    kernel would round biases, which merges distances; and on the CPU the one for bfloat16 is several times slower than
-    plain products."""
+    kernel would round biases, which merges distances; and on the CPU its gradient for bfloat16 is several times slower
+    than that of plain products."""
     half = q.dtype in (torch.bfloat16, torch.float16)
-    if encoding.writes_out or sunk is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if encoding.writes_out or sunk is not None or slow:
         return "written out"
     if not encoding.biases:
         return "fused"
@@ -606,7 +607,7 @@ def draw(logits, temperature, top_k, top_p, generator):
 @torch.inference_mode()
 def generate(
     model, tokens, count, *, temperature=1.0, top_k=0, top_p=1.0, seed=0, window=None, sinks=0, log_n=False, crop=None,
-    forbidden=(), chunk=1024, compiled=None,
+    forbidden=(), chunk=8192, compiled=None,
 ):  # fmt: skip
     """Continue tokens (B, T >= 1): yields `count` times the next token of every sequence, (B,).
 
