@@ -598,9 +598,13 @@ def compare(config, kind):
 
 def choose(config):
     """The family that says most of a config, and its config.json. UserError names the settings in its way."""
-    said = explicit(config)
-    found = {kind: compare(said, kind) for kind in FAMILIES}
-    found = {kind: pair for kind, pair in found.items() if pair is not None}
+    try:
+        said = explicit(config)
+    except (ValueError, ArithmeticError) as error:  # a base beyond all numbers
+        raise UserError(f"posenc={config.posenc!r} cannot be written: {error}") from None
+    # Of a qwen2 folder, transformers 5 splits text by Qwen2's own rule, whatever tokenizer.json says: llama will do.
+    kinds = [kind for kind in FAMILIES if kind != "qwen2" or config.tokenizer.startswith(PREFIX)]
+    found = {kind: pair for kind in kinds if (pair := compare(said, kind)) is not None}
     kind = min(found, key=lambda kind: [len(names) for names in found[kind]])
     obstacles, absorbed = found[kind]
     if obstacles:
@@ -638,8 +642,8 @@ def their_weights(model, kind, written):
 
 
 def merges(ranks):
-    """{bytes: id} in the order learned -> the pairs that make the tokens: the two parts into which the merges before its
-    own bring a token. Where they bring it into more, it is met as a whole word alone."""
+    """{bytes: id} in the order learned -> the pairs that make the tokens: the two parts that the merges
+    before its own make of a token. Where they leave more, it is met as a whole word alone."""
     found = []
     for token, rank in ranks.items():
         parts = [token[i : i + 1] for i in range(len(token))]
@@ -661,8 +665,7 @@ def dialect(pattern):
 
 def inner_tokenizer(encoding):
     """A tokenizer's tokenizers.Tokenizer, with the same ids."""
-    if hasattr(encoding, "inner"):
-        encoding.inner.encode_special_tokens = False
+    if hasattr(encoding, "inner"):  # `Tokenizer`, which has it from such a folder
         return encoding.inner
     special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
     ranks = {text: id for id, text in enumerate(tokenizer.token_bytes(encoding)) if text}
@@ -711,10 +714,13 @@ def main(argv):
 
     part = Path(f"{folder.resolve()}.part")  # renamed when whole; what a kill left there is written anew
     part.mkdir(parents=True, exist_ok=True)
-    inner.save(str(part / TOKENIZER))
+    (part / TOKENIZER).write_text(inner.to_str(pretty=True))
     runs.write_json(part / "tokenizer_config.json", about)
     runs.write_json(part / "config.json", cfg)
-    save_file(their_weights(opened.model, kind, written), part / WEIGHTS, {"format": "pt"})
+    try:
+        save_file(their_weights(opened.model, kind, written), part / WEIGHTS, {"format": "pt"})
+    except SafetensorError as error:  # of the disk too
+        raise UserError(f"{part / WEIGHTS} cannot be written: {error}") from None
     if folder.exists():
         folder.rmdir()
     part.rename(folder)
