@@ -536,7 +536,7 @@ ABSORBED = {
     "embed_norm": (True, False),  # of embeddings that are normalised already
     "tie_embeddings": (True, False),  # with the head written out
 }
-TRAINING = ("train_length", "original_length", "init_std", "zero_init", "dropout")  # or for `posenc` alone
+TRAINING = ("train_length", "original_length", "init_std", "zero_init", "dropout")  # or of `posenc` alone
 
 
 def explicit(config):
@@ -583,12 +583,12 @@ def compare(config, kind):
     """(obstacles, absorbed): the settings that this family reads back as another model's, and of those that other
     weights make up for. None where its encoding does not even fit the heads."""
     try:
-        theirs = explicit(GPTConfig(**settings_of(config_json(config, kind))))
+        read = explicit(GPTConfig(**settings_of(config_json(config, kind))))
     except ValueError:
         return None
     obstacles, absorbed = [], []
     for key in (field.name for field in dataclasses.fields(GPTConfig) if field.name not in TRAINING):
-        pair = getattr(config, key), getattr(theirs, key)
+        pair = getattr(config, key), getattr(read, key)
         if pair[0] != pair[1]:
             order = ABSORBED.get(key, ())
             fits = all(value in order for value in pair) and order.index(pair[0]) < order.index(pair[1])
@@ -642,8 +642,8 @@ def their_weights(model, kind, written):
 
 
 def merges(ranks):
-    """{bytes: id} in the order learned -> the pairs that make the tokens: the two parts that the merges
-    before its own make of a token. Where they leave more, it is met as a whole word alone."""
+    """{bytes: id} in the order learned -> the pairs that make the tokens: the two parts that earlier merges make of a
+    token. Where they leave more, it is met as a whole word alone."""
     found = []
     for token, rank in ranks.items():
         parts = [token[i : i + 1] for i in range(len(token))]
