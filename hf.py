@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -725,7 +726,7 @@ def main(argv):
         folder.rmdir()
     part.rename(folder)
     print(f"{folder}: {cfg['architectures'][0]}, for AutoModelForCausalLM and AutoTokenizer.from_pretrained")
-    print(f"next: python sample.py {PREFIX}{folder} --prompt=...")
+    print("next:", shlex.join(["python", "sample.py", f"{PREFIX}{folder}", "--prompt=..."]))
 
 
 if __name__ == "__main__":
