@@ -11,21 +11,26 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 import posenc
-from configs import Config, make
+from configs import Config, flags, make
 from data import tokenizer
-from errors import UserError
-from model import GPT
+from errors import UserError, run
+from model import GPT, GPTConfig, make_norm
 
 try:
     import tokenizers
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+    from tokenizers import decoders, models, pre_tokenizers
 except ImportError:  # an extra, requirements-hf.txt
     tokenizers = None
 
@@ -104,7 +109,8 @@ def read_rope(cfg, base="rope_theta", share="partial_rotary_factor", usual_share
 
 
 def write_rope(config, base="rope_theta", share="partial_rotary_factor", usual_share=1.0):
-    """The inverse, in the older form, which all versions of transformers read; {} for what is no rope."""
+    """The inverse, in the older form, which all versions of transformers read; {} for what is no rope. Arguments that
+    have no place in it are left out."""
     cls, arguments = posenc.parse(config.posenc) if isinstance(config.posenc, str) else (None, {})
     if cls is not posenc.RoPE:
         return {}
@@ -112,21 +118,20 @@ def write_rope(config, base="rope_theta", share="partial_rotary_factor", usual_s
     scaling, T, head_dim = arguments["scaling"], config.sizes["train_length"], config.sizes["head_dim"]
     kind = next(kind for kind, (ours, _) in SCALINGS.items() if ours == scaling)
     cfg = {base: arguments["base"]}
-    if arguments["dims"] not in (0, head_dim) or usual_share != 1:
-        cfg[share] = (arguments["dims"] or head_dim) / head_dim
+    if usual_share != 1:
+        dims = arguments["dims"] or head_dim
+        exact = int(head_dim * (dims / head_dim)) == dims  # as they compute it
+        cfg[share] = dims / head_dim if exact else math.nextafter(dims / head_dim, 1)
+    given = {key: arguments[key] for key in SCALINGS[kind][1] if arguments[key] or key == "truncate"}
     if arguments["fraction"] != 1:
         kind = "proportional"
-    if kind == "dynamic":
+        given = {"partial_rotary_factor": arguments["fraction"]} | ({"factor": arguments["factor"]} if given else {})
+    # With an original length, some versions of transformers take the factor to be the quotient of the lengths.
+    if kind == "llama3" or (kind in FROM_ORIGINAL and config.train_length == T * arguments["factor"]):
+        cfg["original_max_position_embeddings"] = given["original_max_position_embeddings"] = T
+    elif kind in ("dynamic", *FROM_ORIGINAL):
         cfg["max_position_embeddings"] = T
-    if kind != "default":
-        given = {key: arguments[key] for key in SCALINGS[kind][1] if arguments[key] or key == "truncate"}
-        if kind == "proportional":
-            given = {"factor": 1.0 if scaling == "none" else arguments["factor"]}
-            given["partial_rotary_factor"] = arguments["fraction"]
-        if kind in FROM_ORIGINAL:
-            given["original_max_position_embeddings"] = T
-        cfg["rope_scaling"] = {"rope_type": kind} | given
-    return cfg
+    return cfg if kind == "default" else cfg | {"rope_scaling": {"rope_type": kind} | given}
 
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
@@ -219,7 +224,9 @@ FAMILIES = {
         settings=LAYERNORM | dict(posenc="learned", embed_norm=False, n_hidden=0, tie_embeddings=True),
         only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
         read=lambda cfg: read_activation(cfg, "activation_function", "gelu_new"),
-        write=lambda config: write_activation(config, "activation_function"),
+        write=lambda config: (
+            write_activation(config, "activation_function") | {"n_positions": config.sizes["train_length"]}
+        ),
         modules={
             "token": "wte",
             "posenc.{}": "wpe",
@@ -521,3 +528,206 @@ class Tokenizer:
 def load_tokenizer(name):
     folder = find(name)
     return Tokenizer(folder, read_json(folder / "config.json"))
+
+
+# And out. What a family cannot say, other weights can, for some settings: each value's model is the next one's too.
+ABSORBED = {
+    "norm_affine": (False, True),  # with weights of one
+    "bias": (False, "qkv", "attention", True),  # of zeros
+    "embed_norm": (True, False),  # of embeddings that are normalised already
+    "tie_embeddings": (True, False),  # with the head written out
+}
+TRAINING = ("train_length", "original_length", "init_std", "zero_init", "dropout")  # or of `posenc` alone
+
+
+def explicit(config):
+    """The GPTConfig with every setting spelled out, and in one way: settings for the same model are equal."""
+    return dataclasses.replace(
+        config, posenc=plain_posenc(config), n_kv_head=config.kv_heads, n_hidden=config.hidden,
+        norm_eps=make_norm(config).eps,
+    )  # fmt: skip
+
+
+def plain_posenc(config):
+    """Its posenc with all arguments that do something. ntk is another base, linear by 1 is nothing, and none is
+    a rope that turns no pair."""
+    if not isinstance(config.posenc, str):
+        return config.posenc
+    (cls, arguments), head_dim = posenc.parse(config.posenc), config.sizes["head_dim"]
+    if cls is posenc.NoPE and head_dim % 2 == 0:
+        cls, arguments = posenc.RoPE, {"fraction": 0.0}
+    arguments = cls.checked(arguments)
+    if cls is posenc.RoPE:
+        dims, factor, scaling = arguments["dims"] or head_dim, arguments["factor"], arguments["scaling"]
+        if scaling == "ntk":
+            arguments |= {"base": arguments["base"] * factor ** (dims / (dims - 2)), "scaling": "none"}
+        elif scaling == "linear" and factor == 1:
+            arguments |= {"scaling": "none"}
+        keys = next(keys for ours, keys in SCALINGS.values() if ours == arguments["scaling"])
+        arguments = {key: arguments[key] for key in ("base", "fraction", "scaling", *keys)} | {"dims": dims}
+    elif cls is posenc.ALiBi and config.n_head.bit_count() == 1:
+        arguments = {}  # both rules give the same slopes
+    elif cls is posenc.Learned and arguments["overflow"] != "interpolate":
+        arguments = {"overflow": arguments["overflow"]}
+    said = {key: float(value) if type(value) is int and key != "dims" else value for key, value in arguments.items()}
+    return f"{cls.name}({', '.join(f'{key}={value!r}' for key, value in said.items())})"
+
+
+def config_json(config, kind):
+    """An explicit config -> what a config.json of that family can say of it."""
+    family = FAMILIES[kind]
+    keys = {names.partition("|")[0]: getattr(config, ours) for ours, names in family.keys.items()}
+    return {"model_type": kind, "architectures": [family.architecture]} | keys | family.write(config)
+
+
+def compare(config, kind):
+    """(obstacles, absorbed): the settings that this family reads back as another model's, and of those that other
+    weights make up for. None where its encoding does not even fit the heads."""
+    try:
+        read = explicit(GPTConfig(**settings_of(config_json(config, kind))))
+    except ValueError:
+        return None
+    obstacles, absorbed = [], []
+    for key in (field.name for field in dataclasses.fields(GPTConfig) if field.name not in TRAINING):
+        pair = getattr(config, key), getattr(read, key)
+        if pair[0] != pair[1]:
+            order = ABSORBED.get(key, ())
+            fits = all(value in order for value in pair) and order.index(pair[0]) < order.index(pair[1])
+            (absorbed if fits else obstacles).append(key)
+    return obstacles, absorbed
+
+
+def choose(config):
+    """The family that says most of a config, and its config.json. UserError names the settings in its way."""
+    try:
+        said = explicit(config)
+    except (ValueError, ArithmeticError) as error:  # a base beyond all numbers
+        raise UserError(f"posenc={config.posenc!r} cannot be written: {error}") from None
+    # Of a qwen2 folder, transformers 5 splits text by Qwen2's own rule, whatever tokenizer.json says: llama will do.
+    kinds = [kind for kind in FAMILIES if kind != "qwen2" or config.tokenizer.startswith(PREFIX)]
+    found = {kind: pair for kind in kinds if (pair := compare(said, kind)) is not None}
+    kind = min(found, key=lambda kind: [len(names) for names in found[kind]])
+    obstacles, absorbed = found[kind]
+    if obstacles:
+        what = ", ".join(f"{key}={getattr(config, key)!r}" for key in obstacles)
+        raise UserError(f"no published family has models with these settings; the nearest is {kind}, but for {what}")
+    if "embed_norm" in absorbed:
+        said = dataclasses.replace(said, tie_embeddings=False)  # the head did not meet the norm
+    return kind, config_json(said, kind)
+
+
+def split(tensor, name, count, config):
+    """One of our tensors -> those that it stacks."""
+    if count == 1:
+        return [tensor]
+    heads = [config.n_head, config.kv_heads, config.kv_heads]
+    width = config.n_embd // config.n_head
+    return tensor.split([width * n for n in heads] if ".attn.qkv." in name else len(tensor) // count)
+
+
+@torch.no_grad()
+def their_weights(model, kind, written):
+    """{their name: tensor}, of a model whose settings are written where its own differ by ABSORBED alone."""
+    family, ours, config, state = FAMILIES[kind], model.state_dict(), model.config, {}
+    for name, empty in skeleton(written).items():
+        if name == "head.weight" and written.tie_embeddings:
+            continue
+        usual = torch.zeros if name.endswith("bias") else torch.ones  # where we have none
+        tensor = ours[name].float() if name in ours else usual(empty.shape)
+        if config.embed_norm and not written.embed_norm and name.startswith(("token.", "posenc.")):
+            tensor = model.token_norm(tensor)
+        tensor, names = turned(family, name, tensor, config.n_head, back=True), theirs(family, name)
+        for one, part in zip(names, split(tensor, name, len(names), config), strict=True):
+            state[one if name.startswith("head.") else family.prefix + one] = part.clone()  # no two share memory
+    return state
+
+
+def merges(ranks):
+    """{bytes: id} in the order learned -> the pairs that make the tokens: the two parts that earlier merges make of a
+    token. Where they leave more, it is met as a whole word alone."""
+    found = []
+    for token, rank in ranks.items():
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            ranked = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
+            lowest, i = min(ranked)
+            if lowest >= rank:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            found.append(tuple(parts))
+    return found
+
+
+def dialect(pattern):
+    """tiktoken's regular expression in Oniguruma's syntax, where $ ends lines too and {1,3}+ is a repetition."""
+    return pattern.replace("}+", "}").replace("$", r"\z")
+
+
+def inner_tokenizer(encoding):
+    """A tokenizer's tokenizers.Tokenizer, with the same ids."""
+    if hasattr(encoding, "inner"):  # `Tokenizer`, which has it from such a folder
+        return encoding.inner
+    special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
+    ranks = {text: id for id, text in enumerate(tokenizer.token_bytes(encoding)) if text}
+    character = byte_characters()
+    write = lambda text: "".join(character[byte] for byte in text)  # noqa: E731
+    pairs = [tuple(map(write, pair)) for pair in merges(ranks)]
+    made = tokenizers.Tokenizer(
+        models.BPE({write(text): id for text, id in ranks.items()} | special, pairs, ignore_merges=bool(pairs))
+    )
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = [pre_tokenizers.Split(tokenizers.Regex(dialect(encoding._pat_str)), "isolated")] if pairs else []
+    made.pre_tokenizer = pre_tokenizers.Sequence([*words, in_bytes])
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+    return made
+
+
+@dataclass
+class Options:
+    usage: ClassVar[str] = "python hf.py RUN FOLDER [--posenc=...]"
+
+    posenc: str | list = ""  # arguments for the run's encoding, such as a scaling, to be written with it
+
+
+def main(argv):
+    import runs  # here, as it imports this module
+
+    paths, given = flags(argv, Options)
+    options = make(Options, given)
+    if len(paths) != 2:
+        raise UserError(f"name a run and a folder to write; usage: {Options.usage}")
+    folder = Path(paths[1]).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} holds something already; name a new folder")
+    if tokenizers is None:
+        raise UserError("writing a Hugging Face folder takes more packages: pip install -r requirements-hf.txt")
+    opened = runs.open_run(paths[0], override=options.posenc)
+    kind, cfg = choose(opened.config)
+    written = GPTConfig(**settings_of(cfg))
+    inner, end = inner_tokenizer(opened.encoding), opened.encoding.eot_token
+    ends = {"bos_token": (tokenizer.begin(opened.encoding) or [end])[0], "eos_token": end}
+    cfg |= {f"{key}_id": id for key, id in ends.items()} | {"pad_token_id": None, "torch_dtype": "float32"}
+    about = {key: inner.id_to_token(id) for key, id in ends.items()}
+    about |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": written.train_length}
+    about |= {"clean_up_tokenization_spaces": False}
+
+    part = Path(f"{folder.resolve()}.part")  # renamed when whole; what a kill left there is written anew
+    part.mkdir(parents=True, exist_ok=True)
+    (part / TOKENIZER).write_text(inner.to_str(pretty=True))
+    runs.write_json(part / "tokenizer_config.json", about)
+    runs.write_json(part / "config.json", cfg)
+    try:
+        save_file(their_weights(opened.model, kind, written), part / WEIGHTS, {"format": "pt"})
+    except SafetensorError as error:  # of the disk too
+        raise UserError(f"{part / WEIGHTS} cannot be written: {error}") from None
+    if folder.exists():
+        folder.rmdir()
+    part.rename(folder)
+    print(f"{folder}: {cfg['architectures'][0]}, for AutoModelForCausalLM and AutoTokenizer.from_pretrained")
+    print("next:", shlex.join(["python", "sample.py", f"{PREFIX}{folder}", "--prompt=..."]))
+
+
+if __name__ == "__main__":
+    run(main)
