@@ -6,6 +6,7 @@
     python bench.py --growth=docs/growth               # what grows how fast, with pictures
     python bench.py --race=NANOGPT --rounds=3          # training against a checkout of nanoGPT
     python bench.py --decode=NANOGPT --rounds=3        # decoding against it, and against transformers if installed
+    python bench.py --published=hf:FOLDER --rounds=3   # a published model here and in transformers
     python bench.py --gpu                              # what one NVIDIA GPU does: gpu.py
 
 Encodings take turns, round after round, and each figure is the median of its rounds: machines drift, ratios within one
@@ -61,6 +62,7 @@ class Bench(Config):
     growth: str = ""  # time and memory as each size grows, with pictures whose names begin so
     race: str = ""  # a checkout of nanoGPT: its example for the CPU and configs/shakespeare.py as they are, by turns
     decode: str = ""  # a checkout of nanoGPT: decode with it, with transformers (if installed) and with ours, by turns
+    published: str = ""  # a published model, hf:FOLDER: prefill and decoding here and in transformers, by turns
     gpu: bool = False  # measure one NVIDIA GPU instead, with configs/gpt2.py's model: gpu.py
     nanogpt: str = ""  # a checkout of nanoGPT, whose model --gpu measures too
 
@@ -70,7 +72,7 @@ class Bench(Config):
             folder = Path(getattr(self, key)).parent
             require(folder.is_dir(), f"--{key}={getattr(self, key)}: there is no folder {folder}")
         require(self.rounds >= 1, f"--rounds must be at least 1, not {self.rounds}")
-        fewest = 4 if self.decode else 1  # the first two are not timed
+        fewest = 4 if self.decode else 2 if self.published else 1  # the first ones are not timed
         require(self.decode_tokens >= fewest, f"--decode_tokens must be at least {fewest}, not {self.decode_tokens}")
         require(self.gpu or not self.nanogpt, "--nanogpt=PATH goes with --gpu")
         found = not self.nanogpt or (Path(self.nanogpt) / "model.py").is_file()
@@ -394,13 +396,16 @@ def main(argv):
         lines = KINDS.get(name, every_encoding)(config)
     print("\n".join(lines))
     if config.table:
-        on_cpu = name in ("race", "decode", "before")  # each side in its own precision
+        on_cpu = name in ("race", "decode", "published", "before")  # each side in its own precision
         device = devices.choose("cpu" if on_cpu else config.device, config.dtype)
         more = {} if on_cpu else {"dtype": device.dtype_name}
         report.write_table(config.table, name, lines, " ".join(["python bench.py", *argv]), device.device, **more)
 
 
-KINDS = {"before": before_and_after, "growth": growth, "race": race.run, "decode": race.decode, "gpu": one_gpu}
+KINDS = {
+    "before": before_and_after, "growth": growth, "race": race.run, "decode": race.decode, "published": race.published,
+    "gpu": one_gpu,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

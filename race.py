@@ -1,10 +1,13 @@
-"""The race against nanoGPT that `bench.py --race` runs: both learn the same characters on the CPU, by turns.
+"""Ours beside others on the CPU, by turns: what `bench.py` runs for --race, --decode and --published.
+
+The race is against nanoGPT: both learn the same characters.
 
 Every checkpoint of both is measured by one function, in nats per character, in one pass over all of the validation
 text. The clock starts with the process: imports and evaluations count. nanoGPT's code is the user's checkout.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import itertools
@@ -23,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import device as devices
+import hf
 import report
 import runs
 from data import shakespeare
@@ -46,6 +50,7 @@ OURS = {
 }
 A100 = 1.4697  # what nanoGPT's README has its larger model reach in three minutes of an A100, with 256 of context
 CONTEXTS = (64, 256)  # characters
+PROMPTS = (1024, 8192)  # tokens
 # Runs a training script, and keeps each checkpoint's weights in a file named for its step and the seconds it took.
 DRIVER = """
 import runpy, sys, time
@@ -234,6 +239,22 @@ def table(runs_of):
     return [*report.markdown(heads, rows), "", *report.markdown(more, details)]
 
 
+def watched(model, call):
+    """Times at which a model was called."""
+    times, hook = [], lambda *_: times.append(time.perf_counter())
+    handle = model.register_forward_pre_hook(hook)
+    with torch.inference_mode():
+        call()
+    handle.remove()
+    return times
+
+
+def by_transformers(model, tokens, count):
+    """Its greedy decoding of `count` tokens -> the times of its calls."""
+    given = dict(attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0)
+    return watched(model, lambda: model.generate(tokens, max_new_tokens=count, min_new_tokens=count, **given))
+
+
 def decoders(config, longest):
     """{name: function of tokens (B, T) and a count, which decodes so many tokens and returns when it got each}, of
     models of one shape: layers, heads, width, vocabulary."""
@@ -243,15 +264,6 @@ def decoders(config, longest):
     shape = {"vocab_size": config.vocab_size, "n_layer": config.n_layer, "n_head": config.n_head}
     module = nanogpt(config.decode)
     theirs = build(module, block_size=longest, n_embd=config.n_embd, dropout=0.0, bias=False, **shape).eval()
-
-    def watched(model, call):
-        """Times at which a model was called."""
-        times, hook = [], lambda *_: times.append(time.perf_counter())
-        handle = model.register_forward_pre_hook(hook)
-        with torch.inference_mode():
-            call()
-        handle.remove()
-        return times
 
     forward, _ = devices.compiled(ours, True, torch.device("cpu"), decoding=True)
 
@@ -276,12 +288,7 @@ def decoders(config, longest):
             bos_token_id=None, eos_token_id=None,
         )
     ).eval()  # fmt: skip
-
-    def transformers_decoding(tokens, count):
-        given = dict(attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0)
-        return watched(llama, lambda: llama.generate(tokens, max_new_tokens=count, min_new_tokens=count, **given))
-
-    return found | {"transformers": transformers_decoding}
+    return found | {"transformers": functools.partial(by_transformers, llama)}
 
 
 def decode(config):
@@ -303,3 +310,40 @@ def decode(config):
         rows.append([str(context), str(batch), *(f"{speed:,.0f}" for speed in middle.values()), *ratios])
     heads = ["context", "batch", *(f"{name} tokens/s" for name in contestants)]
     return report.markdown([*heads, *(" / ".join(pair) for pair in pairs)], rows)
+
+
+def published(config):
+    """A published model here and in transformers: tokens per second of taking in a context, and of decoding after it
+    -> lines of Markdown."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("transformers is not installed: pip install -r requirements-hf.txt") from None
+    folder, count, rows = hf.find(config.published), config.decode_tokens, []
+    todo = [(name, context) for name in ("float32", "bfloat16") for context in PROMPTS]
+    for name, context in tqdm(todo, "prefill and decoding", disable=None):
+        device = devices.choose("cpu", name)
+        ours = runs.open_run(config.published).model
+        device.prepare(ours)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=device.dtype).eval()
+        tokens = torch.randint(ours.config.vocab_size, (1, context))
+
+        def decode(tokens, count, model=ours, device=device):
+            with device.autocast():
+                return watched(model, lambda: list(generate(model, tokens, count, temperature=0)))
+
+        seconds = {"prefill": [], "decoding": []}
+        for _ in range(config.rounds):
+            # The first call takes in the context, and the second is when that was done.
+            times = [call(tokens, count + 1) for call in (decode, functools.partial(by_transformers, theirs))]
+            seconds["prefill"].append([(each[1] - each[0]) / context for each in times])
+            gaps = [[after - before for before, after in itertools.pairwise(each[1:])] for each in times]
+            seconds["decoding"].append([statistics.median(each) for each in gaps])
+        row = [name, str(context)]
+        for pairs in seconds.values():
+            row += [f"{1 / statistics.median(each):,.0f}" for each in zip(*pairs, strict=True)]
+            row.append(spread([other / mine for mine, other in pairs], ".2f"))
+        rows.append(row)
+    each = ("trainshort", "transformers", "ours / theirs")
+    heads = [f"{what}: {who}" for what in ("prefill", "decoding") for who in each]
+    return report.markdown(["tokens/s", "context", *heads], rows)
