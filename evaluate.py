@@ -221,6 +221,8 @@ def measure(model, dataset, encoding, device, count, T=0, lengths=(), **reading)
             raise UserError("tasks are read as they were trained: leave out --train_length, --window and --log_n")
         return summary(model, dataset, device, count)
     if lengths:
+        if lengths[-1] >= len(dataset.val):
+            raise UserError(f"--lengths: {lengths[-1]} tokens exceed the text, which has {len(dataset.val)}")
         return length_loss(model, dataset, device, count, [length / T for length in lengths], T, **reading)
     result = length_loss(model, dataset, device, count, T=T, **reading)
     few = max(1, count // 8)  # each of them has 64 times as many tokens as a window has targets

@@ -237,6 +237,45 @@ def test_runs_of_two_lengths_share_their_columns():
     assert lines[0].count("1.1 T") == 1
 
 
+def test_several_encodings_of_one_run_share_a_table(trained, call_script, tmp_path):
+    ways = ["--posenc=rope", '--posenc=rope(scaling="linear", factor=2)', "--posenc=none"]
+    done = call_script("evaluate.py", trained, *ways, "--lengths=[8, 16, 48]", "--targets=4", "--out_dir=reach")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "reach" / "length.json").read_text())["runs"]
+    assert list(found) == ["rope", 'rope(scaling="linear", factor=2)', "none"]
+    for way, result in found.items():
+        alone = call_script("evaluate.py", trained, f"--posenc={way}", "--lengths=[8, 16, 48]", "--targets=4")
+        assert alone.returncode == 0
+        assert result["lengths"] == [8, 16, 48]
+        assert all(f"{loss:.3f}" in alone.stdout for loss in result["loss"])
+        assert "non_overlapping" not in result
+    assert len({tuple(result["loss"]) for result in found.values()}) == 3
+    assert (tmp_path / "reach" / "length.png").exists()
+
+
+def test_lengths_in_tokens_score_the_same_targets_within_the_shortest():
+    model = Recorder(16)
+    multiples = [length / 16 for length in (6, 16, 37)]
+    assert evaluate.length_loss(model, dataset([200, 50, 300]), CPU, 5, multiples)["lengths"] == [6, 16, 37]
+    targets = [y for _, y in model.calls]
+    assert all(y.shape[1] == 3 for y in targets)  # half of the shortest, and less than T/4
+    assert {tuple(row.tolist()) for row in targets[0]} == {tuple(row.tolist()) for row in targets[-1]}
+
+
+def test_a_prepared_model_computes_what_autocast_would():
+    device = Device(torch.device("cpu"), torch.bfloat16)
+    for posenc, tied in (("fire", False), ("rope", True), ("alibi", False)):
+        model = GPT(GPTConfig(posenc=posenc, vocab_size=30, tie_embeddings=tied, zero_init=False), seed=1).eval()
+        tokens = torch.arange(40)[None] % 30
+        with torch.no_grad(), device.autocast():
+            before = model(tokens)
+            device.prepare(model)
+            assert torch.equal(model(tokens), before)
+        assert model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+        assert model.token.weight.dtype == torch.float32
+        assert all(parameter.dtype == torch.float32 for parameter in model.posenc.parameters())
+
+
 def test_the_command_refuses_in_one_line(trained, learned, call_script, tmp_path):
     for argv, said in (
         ([], "which runs"),
@@ -251,6 +290,10 @@ def test_the_command_refuses_in_one_line(trained, learned, call_script, tmp_path
         ([trained, "--train_length=1000000"], "exceed the text"),
         ([learned, "--train_length=64"], "or the positions (16)"),
         ([trained, "--frequencies", "--window=8", f"--out_dir={tmp_path}"], "leave out --window"),
+        ([trained, "--lengths=[16, 8]"], "must rise"),
+        ([trained, "--lengths=16"], "expected list"),
+        ([trained, "--lengths=[16, 1000000]", "--targets=2"], "exceed the text"),
+        ([trained, "--posenc=rope", "--posenc=learned"], "has weights of its own"),
     ):
         done = call_script("evaluate.py", *argv)
         assert done.stdout == ""

@@ -387,6 +387,14 @@ def test_flex_attention_serves_biases_by_distance_alone(monkeypatch):
         assert model_module.kernel(make("t5").posenc[0], *arguments) != "flex"
 
 
+def test_bfloat16_on_the_cpu_takes_the_fused_kernel_where_no_gradient_flows():
+    q = torch.zeros(1, 4, 8, 16, dtype=torch.bfloat16)
+    choose = lambda spec: model_module.kernel(make(spec).posenc[0], q, None, None, 8, 0.0)  # noqa: E731
+    assert (choose("rope"), choose("t5")) == ("written out", "written out")
+    with torch.no_grad():
+        assert (choose("rope"), choose("t5")) == ("fused", "written out")  # which would round the biases
+
+
 def test_positions_that_do_not_follow_one_another_get_a_mask():
     """Or flex_attention would take the distance of two tokens for that of their positions."""
     seen = []
