@@ -72,7 +72,7 @@ class Bench(Config):
             folder = Path(getattr(self, key)).parent
             require(folder.is_dir(), f"--{key}={getattr(self, key)}: there is no folder {folder}")
         require(self.rounds >= 1, f"--rounds must be at least 1, not {self.rounds}")
-        fewest = 4 if self.decode else 2 if self.published else 1  # the first ones are not timed
+        fewest = 4 if self.decode else 3 if self.published else 1  # the first ones are not timed
         require(self.decode_tokens >= fewest, f"--decode_tokens must be at least {fewest}, not {self.decode_tokens}")
         require(self.gpu or not self.nanogpt, "--nanogpt=PATH goes with --gpu")
         found = not self.nanogpt or (Path(self.nanogpt) / "model.py").is_file()

@@ -7,8 +7,8 @@ text. The clock starts with the process: imports and evaluations count. nanoGPT'
 """
 
 import contextlib
-import functools
 import importlib.util
+import inspect
 import io
 import itertools
 import os
@@ -240,17 +240,17 @@ def table(runs_of):
 
 
 def watched(model, call):
-    """Times at which a model was called."""
+    """What call() returns, and the times at which it called the model."""
     times, hook = [], lambda *_: times.append(time.perf_counter())
     handle = model.register_forward_pre_hook(hook)
     with torch.inference_mode():
-        call()
+        found = call()
     handle.remove()
-    return times
+    return found, times
 
 
 def by_transformers(model, tokens, count):
-    """Its greedy decoding of `count` tokens -> the times of its calls."""
+    """Its greedy decoding of `count` tokens -> the ids of all, and the times of its calls."""
     given = dict(attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0)
     return watched(model, lambda: model.generate(tokens, max_new_tokens=count, min_new_tokens=count, **given))
 
@@ -275,7 +275,7 @@ def decoders(config, longest):
     found = {
         "trainshort": stepwise(None),
         **({} if forward is ours else {"compiled": stepwise(forward)}),
-        "nanoGPT": lambda tokens, count: watched(theirs, lambda: theirs.generate(tokens, count)),
+        "nanoGPT": lambda tokens, count: watched(theirs, lambda: theirs.generate(tokens, count))[1],
     }
     try:
         import transformers
@@ -288,7 +288,7 @@ def decoders(config, longest):
             bos_token_id=None, eos_token_id=None,
         )
     ).eval()  # fmt: skip
-    return found | {"transformers": functools.partial(by_transformers, llama)}
+    return found | {"transformers": lambda tokens, count: by_transformers(llama, tokens, count)[1]}
 
 
 def decode(config):
@@ -313,8 +313,8 @@ def decode(config):
 
 
 def published(config):
-    """A published model here and in transformers: tokens per second of taking in a context, and of decoding after it
-    -> lines of Markdown."""
+    """A published model here and in transformers: tokens per second of taking in Python source, and of going on with
+    it greedily; and how many tokens both agree on before they differ -> lines of Markdown."""
     try:
         import transformers
     except ImportError:
@@ -323,27 +323,26 @@ def published(config):
     todo = [(name, context) for name in ("float32", "bfloat16") for context in PROMPTS]
     for name, context in tqdm(todo, "prefill and decoding", disable=None):
         device = devices.choose("cpu", name)
-        ours = runs.open_run(config.published).model
+        opened = runs.open_run(config.published)
+        ours = opened.model
         device.prepare(ours)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=device.dtype).eval()
-        tokens = torch.randint(ours.config.vocab_size, (1, context))
-
-        def decode(tokens, count, model=ours, device=device):
-            with device.autocast():
-                return watched(model, lambda: list(generate(model, tokens, count, temperature=0)))
-
+        tokens = torch.tensor([opened.encoding.encode_ordinary(inspect.getsource(inspect))[:context]])
         seconds = {"prefill": [], "decoding": []}
         for _ in range(config.rounds):
+            with device.autocast():
+                ids, mine = watched(ours, lambda: list(generate(ours, tokens, count, temperature=0)))  # noqa: B023
+            same, other = by_transformers(theirs, tokens, count)
             # The first call takes in the context, and the second is when that was done.
-            times = [call(tokens, count + 1) for call in (decode, functools.partial(by_transformers, theirs))]
-            seconds["prefill"].append([(each[1] - each[0]) / context for each in times])
-            gaps = [[after - before for before, after in itertools.pairwise(each[1:])] for each in times]
+            seconds["prefill"].append([(each[1] - each[0]) / context for each in (mine, other)])
+            gaps = [[after - before for before, after in itertools.pairwise(each[1:])] for each in (mine, other)]
             seconds["decoding"].append([statistics.median(each) for each in gaps])
+        equal = (torch.cat(ids) == same[0, context:]).long().cumprod(0).sum()
         row = [name, str(context)]
         for pairs in seconds.values():
             row += [f"{1 / statistics.median(each):,.0f}" for each in zip(*pairs, strict=True)]
             row.append(spread([other / mine for mine, other in pairs], ".2f"))
-        rows.append(row)
+        rows.append([*row, f"{equal} of {count}"])
     each = ("trainshort", "transformers", "ours / theirs")
     heads = [f"{what}: {who}" for what in ("prefill", "decoding") for who in each]
-    return report.markdown(["tokens/s", "context", *heads], rows)
+    return report.markdown(["tokens/s", "context", *heads, "the same tokens"], rows)
