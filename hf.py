@@ -261,7 +261,7 @@ FAMILIES = {
             "blocks.{}.ff.fc": "layers.{}.mlp.dense_h_to_4h",
             "blocks.{}.ff.proj": "layers.{}.mlp.dense_4h_to_h",
             "norm": "final_layer_norm",
-            "head": "lm_head",
+            "head": "embed_out",
         },
         prefix="gpt_neox.",
         by_head=True,
@@ -392,7 +392,7 @@ def weights(folder, cfg, config):
             raise UserError(f"{folder}: {shapes}, and config.json asks for {asked}: they do not belong together")
         state[name] = turned(family, name, torch.cat(parts) if parts[1:] else parts[0], config.n_head).float()
     for name in sorted(stored.files.keys() - used):
-        if not NO_WEIGHTS.search(name) and not (name == "lm_head.weight" and config.tie_embeddings):
+        if not NO_WEIGHTS.search(name) and not (config.tie_embeddings and [name] == theirs(family, "head.weight")):
             raise UserError(f"{folder}: the tensor {name} has no place in this {cfg['model_type']} model")
     return state
 
