@@ -1,7 +1,8 @@
 """Published models: what `transformers` computes from a folder is what we compute from it, and what we refuse."""
 
+import itertools
 import json
-import math
+import os
 import shutil
 
 import pytest
@@ -11,7 +12,11 @@ transformers = pytest.importorskip("transformers", reason="needs the extra: pip 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra: pip install -r requirements-hf.txt")
 safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra: pip install -r requirements-hf.txt")
 
+import data
+import hf
 import runs
+import sample
+from data import tokenizer
 from model import Cache
 
 T, ORIGINAL, V = 64, 32, 300  # positions of the tiny models, those before a scaling, and their vocabulary
@@ -39,16 +44,16 @@ def one_thread_and_seed():
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory):
     """A tokenizer.json as GPT-2's, of 300 tokens; 0 ends a text."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_inner = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=V, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(99)], trainer)
+    inner.train_from_iterator([f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(99)], trainer)
     file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    tokenizer.save(str(file))
+    inner.save(str(file))
     return file
 
 
@@ -211,7 +216,7 @@ def test_scaled_rotations_are_theirs(tmp_path, plain, name, form):
     folder = copy(plain["llama"], tmp_path / "scaled", **rope_keys(form, SCALINGS[name]))
     unscaled = copy(plain["llama"], tmp_path / "plain", **rope_keys("rope_parameters", SCALINGS["default"]))
     for length in (ORIGINAL - 4, T - 4, T + 16) if form == "rope_parameters" else (T + 16,):
-        # Their cache keeps what was rotated for a shorter context; a prompt that is as long has the regime of the whole.
+        # Their cache keeps what was rotated for a shorter context. A prompt past ORIGINAL has the regime of the whole.
         stale = name == "dynamic" and length > T
         prompt = ORIGINAL + 4 if length > ORIGINAL else 8
         found = check(folder, length, prompt, stale)
@@ -228,3 +233,356 @@ def test_other_families_scale_too(tmp_path, plain, model_type, name):
     more = {"partial_rotary_factor": 0.5} if model_type == "gpt_neox" else {}
     keys = rope_keys("rope_parameters", SCALINGS[name] | more)
     check(copy(plain[model_type], tmp_path / "scaled", **keys), T + 16, ORIGINAL + 4, stale=name == "dynamic")
+
+
+# ---- files
+
+
+def stored(folder):
+    return safetensors.load_file(folder / "model.safetensors")
+
+
+def store(folder, tensors, file="model.safetensors"):
+    safetensors.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
+    return folder
+
+
+def shard(folder):
+    """Write the folder's model again in pieces of 10 kB; returns their names."""
+    oracle(folder).save_pretrained(folder, max_shard_size="10KB")
+    (folder / "model.safetensors").unlink()
+    return sorted(path.name for path in folder.glob("model-*.safetensors"))
+
+
+def test_weights_may_lie_in_several_files(tmp_path, plain):
+    folder = copy(plain["llama"], tmp_path / "shards")
+    assert len(shard(folder)) > 3
+    assert torch.equal(check(folder, 24), theirs(oracle(plain["llama"]), [ids(24)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_become_float32(tmp_path, bpe, dtype):
+    folder = save(tmp_path, bpe, "llama", dtype)
+    assert {tensor.dtype for tensor in stored(folder).values()} == {dtype}
+    check(folder, 24)
+    assert {p.dtype for p in runs.open_run(f"hf:{folder}").model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bloom"])
+def test_names_may_lack_the_prefix_as_in_the_first_files(tmp_path, bpe, model_type):
+    folder = save(tmp_path, bpe, model_type)
+    before = check(folder, 24)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored(folder).items()}
+    if model_type == "gpt2":
+        masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, T, T).tril() for layer in range(2)}
+        tensors |= masks | {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
+    store(folder, tensors)
+    torch.testing.assert_close(check(folder, 24), before)
+
+
+@pytest.mark.parametrize(("model_type", "head"), [("llama", "lm_head"), ("gpt_neox", "embed_out")])
+def test_a_tied_head_may_be_stored_too_if_it_is_the_embeddings(tmp_path, bpe, call_script, model_type, head):
+    folder = save(tmp_path / "tied", bpe, model_type, tie_word_embeddings=True)
+    (tokens,) = (tensor for name, tensor in stored(folder).items() if tensor.shape == (V, 48))
+    store(folder, stored(folder) | {f"{head}.weight": tokens.clone()})
+    check(folder, 24)
+    store(folder, stored(folder) | {f"{head}.weight": tokens + 1})
+    refused(call_script("sample.py", f"hf:{folder}"), f"{head}.weight")
+
+
+def test_frequencies_that_older_versions_stored_are_left_out(tmp_path, plain):
+    folder = copy(plain["llama"], tmp_path / "old")
+    store(folder, stored(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    check(folder, 24)
+
+
+# ---- bad folders
+
+
+def cut(path, share=0.5):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def without(folder, name):
+    tensors = stored(folder)
+    del tensors[name]
+    store(folder, tensors)
+
+
+def changed(folder, name, change):
+    store(folder, stored(folder) | {name: change(stored(folder)[name])})
+
+
+def scaled(folder, **scaling):
+    edit(folder, rope_parameters={"rope_theta": 1e4} | scaling)
+
+
+def retokenized(folder, change):
+    """Change the JSON of tokenizer.json."""
+    path = folder / "tokenizer.json"
+    inner = json.loads(path.read_text())
+    change(inner)
+    path.write_text(json.dumps(inner))
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+# what is wrong: (what breaks a folder, words that the line has)
+BAD = {
+    "a missing shard": (lambda f: (f / shard(f)[1]).unlink(), ["model-00002-of-", "which model.safe"]),
+    "a shard cut short": (lambda f: cut(f / shard(f)[1]), ["model-00002-of-", "cut short"]),
+    "an index cut short": (lambda f: (shard(f), cut(f / hf.INDEX)), [hf.INDEX, "cannot be read"]),
+    "an index of another form": (
+        lambda f: (shard(f), (f / hf.INDEX).write_text('{"weight_map": ["a"]}')), [hf.INDEX, "weight_map"]
+    ),
+    "a file cut short": (lambda f: cut(f / "model.safetensors"), ["model.safetensors is damaged", "cut short"]),
+    "a header cut short": (lambda f: cut(f / "model.safetensors", 1e-2), ["model.safetensors is damaged"]),
+    "an empty file": (lambda f: cut(f / "model.safetensors", 0), ["model.safetensors is damaged"]),
+    "pickled weights": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["neither model.safetensors nor"]
+    ),
+    "an extra tensor": (lambda f: store(f, stored(f) | {"model.extra.weight": torch.ones(3)}), ["model.extra.weight"]),
+    "biases that config.json does not know": (
+        lambda f: store(f, stored(f) | {Q.replace("weight", "bias"): torch.ones(48)}), ["0.self_attn.q_proj.bias"]
+    ),
+    "a missing tensor": (lambda f: without(f, Q), ["layers.0.self_attn.q_proj.weight", "lacks"]),
+    "a missing head": (lambda f: without(f, "lm_head.weight"), ["lm_head.weight", "lacks"]),
+    "a quantised tensor": (lambda f: changed(f, Q, lambda x: x.to(torch.int8)), ["q_proj.weight", "int8"]),
+    "a tensor of another shape": (lambda f: changed(f, Q, lambda x: x[:24]), ["q_proj.weight", "[24, 48]"]),
+    "a tensor without dimensions": (lambda f: changed(f, "model.norm.weight", lambda x: x[0]), ["norm.weight", "[]"]),
+    "another vocabulary": (lambda f: edit(f, vocab_size=V + 7), ["embed_tokens.weight is [300, 48]", "[307, 48]"]),
+    "a tokenizer of more tokens": (lambda f: edit(f, vocab_size=V - 7), ["300 tokens", "vocab_size is 293"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer.json", "save_pretrained"]),
+    "a damaged tokenizer": (lambda f: cut(f / "tokenizer.json"), ["tokenizer.json is damaged"]),
+    "a tokenizer of another form": (lambda f: (f / "tokenizer.json").write_text("[]"), ["tokenizer.json is damaged"]),
+    "a tokenizer without a decoder": (
+        lambda f: retokenized(f, lambda j: j.update(decoder=None)), ["tokenizer.json", "decoder"]
+    ),
+    "a tokenizer without tokens": (
+        lambda f: retokenized(f, lambda j: (j["model"].update(vocab={}, merges=[]), j.update(added_tokens=[]))),
+        ["tokenizer.json", "no tokens"],
+    ),
+    "an end that is no token": (lambda f: edit(f, eos_token_id=V), ["eos_token_id=300"]),
+    "no end": (lambda f: edit(f, eos_token_id=None), ["eos_token_id"]),
+    "no config.json": (lambda f: (f / "config.json").unlink(), ["config.json cannot be read"]),
+    "a config.json that is no JSON": (lambda f: cut(f / "config.json"), ["config.json cannot be read"]),
+    "a config.json that is no text": (
+        lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json cannot be read"]
+    ),
+    "a config.json that is a list": (lambda f: (f / "config.json").write_text("[1]"), ["is no JSON object"]),
+    "a word for a number": (lambda f: edit(f, num_hidden_layers="two"), ["config.json", "num_hidden_layers", "'two'"]),
+    "a list for a number": (lambda f: edit(f, hidden_size=[48]), ["config.json", "hidden_size", "[48]"]),
+    "a null for a number": (lambda f: edit(f, num_hidden_layers=None), ["config.json", "it lacks num_hidden_layers"]),
+    "no heads": (lambda f: edit(f, num_attention_heads=0), ["config.json", "n_head"]),
+    "too many heads": (lambda f: edit(f, num_attention_heads=7, head_dim=None), ["config.json", "n_head (7)"]),
+    "a negative number": (lambda f: edit(f, intermediate_size=-1), ["config.json", "n_hidden"]),
+    "another family": (lambda f: edit(f, model_type="t5"), ["model_type='t5'", "llama, qwen2, gpt2, gpt_neox, bloom"]),
+    "no family": (lambda f: edit(f, model_type=None), ["model_type=None"]),
+    "a list for a family": (lambda f: edit(f, model_type=["llama"]), ["model_type=['llama']"]),
+    "wider heads": (lambda f: edit(f, head_dim=12), ["head_dim=12"]),
+    "odd heads": (
+        lambda f: edit(f, num_attention_heads=16, num_key_value_heads=16, head_dim=3), ["must be even, not 3"]
+    ),
+    "quantisation": (lambda f: edit(f, quantization_config={"bits": 4}), ["quantization_config"]),
+    "another activation": (lambda f: edit(f, hidden_act="relu"), ["hidden_act='relu'"]),
+    "biases of the feed-forward layer alone": (lambda f: edit(f, mlp_bias=True), ["mlp_bias=True"]),
+    "an unknown scaling": (lambda f: scaled(f, rope_type="mrope"), ["rope_type='mrope'"]),
+    "an unknown key of a scaling": (lambda f: scaled(f, rope_type="linear", factor=2.0, twist=3), ["twist=3"]),
+    "a scaling without its factor": (lambda f: scaled(f, rope_type="linear"), ["rope_scaling", "factor"]),
+    "a word for a factor": (lambda f: scaled(f, rope_type="linear", factor="two"), ["factor='two'"]),
+    "a word for a base": (lambda f: scaled(f, rope_type="default", rope_theta="big"), ["'big'"]),
+    "a factor below 1": (lambda f: scaled(f, rope_type="linear", factor=0.5), ["factor must be at least 1"]),
+    "too few factors": (
+        lambda f: scaled(f, rope_type="longrope", short_factor=[1.0], long_factor=[2.0], **FROM), ["short_factor=[...]"]
+    ),
+    "a word for a scaling": (lambda f: edit(f, rope_parameters="linear"), ["rope_parameters='linear'"]),
+    "part of the pairs": (
+        lambda f: scaled(f, rope_type="default", partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, plain, call_script, what):
+    spoil, words = BAD[what]
+    folder = copy(plain["llama"], tmp_path / "bad")
+    spoil(folder)
+    refused(call_script("sample.py", f"hf:{folder}", "--tokens=1"), *words)
+
+
+def refused(done, *words):
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith(f"{os.path.basename(done.args[0])}: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True)),
+        ("gpt2", dict(scale_attn_weights=False)),
+        ("gpt2", dict(add_cross_attention=True)),
+        ("gpt2", dict(activation_function="relu")),
+        ("qwen2", dict(use_sliding_window=True)),
+        ("gpt_neox", dict(attention_bias=False)),
+        ("gpt_neox", dict(hidden_act="silu")),
+        ("bloom", dict(apply_residual_connection_post_layernorm=True)),
+    ],
+)
+def test_a_key_that_asks_for_another_model_is_named(tmp_path, bpe, call_script, model_type, changes):
+    folder = edit(save(tmp_path / "bad", bpe, model_type), **changes)
+    ((key, value),) = changes.items()
+    refused(call_script("evaluate.py", f"hf:{folder}", f"--data={bpe}"), f"{key}={value!r} is not supported")
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:nowhere", "hf:/no/where", "hf:../up", "hf:a/b/c", "hf:a b/c"])
+def test_a_name_that_is_no_folder_says_what_a_name_is(call_script, name):
+    refused(call_script("sample.py", name), "OWNER/NAME")
+    refused(call_script("evaluate.py", name), "OWNER/NAME")
+
+
+def test_a_published_model_named_as_a_run_is_told_its_name(plain, call_script):
+    refused(call_script("sample.py", plain["llama"]), f"hf:{plain['llama']}")
+
+
+def test_without_the_extra_packages_a_line_says_how_to_get_them(plain, call_script, monkeypatch):
+    monkeypatch.setattr(hf, "tokenizers", None)
+    refused(call_script("sample.py", f"hf:{plain['llama']}"), "pip install -r requirements-hf.txt")
+
+
+# ---- tokenizers
+
+TEXTS = [
+    "", " ", "line 7 says", "  two spaces,\ttab\r\n\n", "naïve Ελλάδα 日本語", "👩‍👩‍👧 🇩🇪", "\x00\x07\x1b[2m\x7f",
+    "e\u0301 \u00e9 \u200f\ufeff\u2028", "<|endoftext|>", "<s> </s> <0x0A> <unk>",
+]  # fmt: skip
+
+
+def sentencepiece(file, more=(), **how):
+    """A tokenizer.json as Llama 2's: characters and bytes, no pre-tokenizer, <s> before every text."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [*"\u2581abcdefghilnoprstuvxy,.0123456789", "\u2581s", "\u2581sa", "li", "ne", "\u2581li", *more]
+    merges = [("\u2581", "s"), ("\u2581s", "a"), ("l", "i"), ("n", "e"), ("\u2581", "li")]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if how.get("metaspace"):
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        inner.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+        )
+    decoders = tokenizers.decoders
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    single = how.get("single", "<s> $A")
+    special = [("<s>", 1), ("</s>", 2)]
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=special)
+    if how.get("padding"):
+        inner.enable_padding(length=40, pad_id=0, pad_token="<unk>")
+        inner.enable_truncation(max_length=4)
+    inner.save(str(file))
+    return inner
+
+
+@pytest.fixture(scope="module")
+def llama2(tmp_path_factory, bpe):
+    """A folder as Llama 2's."""
+    torch.manual_seed(0)
+    folder = save(tmp_path_factory.mktemp("llama2"), bpe, "llama", vocab_size=320, bos_token_id=1, eos_token_id=2)
+    sentencepiece(folder / "tokenizer.json")
+    return folder
+
+
+def inner_of(folder):
+    """Their tokenizer, to which special tokens in a text are text."""
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.encode_special_tokens = True
+    return inner
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokens_are_theirs_and_give_back_the_text(plain, llama2, text):
+    for folder, before in ((plain["llama"], ""), (llama2, " ")):
+        encoding, inner = hf.load_tokenizer(f"hf:{folder}"), inner_of(folder)
+        ids = encoding.encode_ordinary(text)
+        assert ids == inner.encode(text, add_special_tokens=False).ids
+        expected = (before + text if text else "").encode()  # the one space that sentencepiece puts before a text
+        assert encoding.decode_bytes(ids) == expected
+        assert inner.decode(ids, skip_special_tokens=False) == text
+        assert sum(tokenizer.byte_lengths(encoding)[ids]) == len(expected)
+        assert encoding.eot_token not in ids
+
+
+def test_merged_tokens_are_used(plain, llama2):
+    for folder in (plain["llama"], llama2):
+        encoding = hf.load_tokenizer(f"hf:{folder}")
+        assert len(encoding.encode_ordinary("line says")) < len("line says")
+
+
+def test_streamed_text_has_no_half_characters(plain, llama2, capsys):
+    for folder, before in ((plain["llama"], ""), (llama2, " ")):
+        encoding, text, seen = hf.load_tokenizer(f"hf:{folder}"), "é日本👩‍👧 line!", ""
+        stream = sample.Stream(encoding)
+        for token in encoding.encode_ordinary(text):
+            stream.write([token])
+            seen += capsys.readouterr().out
+            assert (before + text).startswith(seen)
+        assert seen == before + text
+
+
+@pytest.mark.parametrize("how", [{}, dict(metaspace=True), dict(padding=True), dict(single="<s> $A </s>")])
+def test_a_text_begins_as_the_post_processor_says(tmp_path, llama2, how):
+    shutil.copy(llama2 / "config.json", tmp_path)
+    sentencepiece(tmp_path / "tokenizer.json", **how)
+    encoding = hf.load_tokenizer(f"hf:{tmp_path}")
+    assert (tokenizer.begin(encoding), encoding.eot_token) == ([1], 2)
+    long = encoding.encode_ordinary("line says " * 9)
+    assert encoding.decode_bytes(long) == b" " + b"line says " * 9
+
+
+def test_nothing_begins_a_text_where_nothing_is_put_before_it(plain):
+    assert tokenizer.begin(hf.load_tokenizer(f"hf:{plain['llama']}")) == []
+
+
+def test_added_tokens_that_are_not_special_are_text(tmp_path, plain):
+    folder = copy(plain["llama"], tmp_path / "added")
+    inner = inner_of(folder)
+    inner.add_tokens(["    ", "naïve"])  # GPT-NeoX has such runs of spaces
+    inner.add_special_tokens(["<|pad|>"])
+    inner.save(str(folder / "tokenizer.json"))
+    encoding = hf.load_tokenizer(f"hf:{folder}")
+    ids = encoding.encode_ordinary("line    naïve <|pad|>")
+    assert {V, V + 1} < set(ids) and V + 2 not in ids
+    assert encoding.decode_bytes(ids).decode() == "line    naïve <|pad|>"
+    lengths = tokenizer.byte_lengths(encoding)
+    assert lengths[[0, V, V + 1, V + 2]].tolist() == [0, 4, len("naïve".encode()), 0]
+
+
+def test_tokenizers_differ_by_their_vocabulary(tmp_path, plain, llama2):
+    one = [hf.load_tokenizer(f"hf:{plain[name]}") for name in ("llama", "qwen2")]
+    assert tokenizer.fingerprint(one[0]) == tokenizer.fingerprint(one[1])
+    shutil.copy(llama2 / "config.json", tmp_path)
+    sentencepiece(tmp_path / "tokenizer.json", more=["\u2581lin"])
+    other = [hf.load_tokenizer(f"hf:{folder}") for folder in (llama2, tmp_path)]
+    assert tokenizer.fingerprint(other[0]) != tokenizer.fingerprint(other[1])
+
+
+def test_prepared_documents_begin_and_end(tmp_path, llama2):
+    for name in ("a", "b"):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"line {name} says " * 40)
+    run = runs.open_run(f"hf:{llama2}")
+    run.config.dataset, run.config.text, run.config.data_dir = "text", str(tmp_path / "texts"), str(tmp_path / "data")
+    dataset = data.open_dataset(run.config, run.encoding)
+    borders = dataset.documents("train")
+    for begin, end in itertools.pairwise(borders):
+        assert (dataset.train[begin], dataset.train[end - 1]) == (1, 2)
+        assert (dataset.train[begin + 1 : end - 1] > 2).all()
+    assert len(borders) == 3
+    text = run.encoding.decode_bytes(dataset.train[borders[0] + 1 : borders[1] - 1])
+    assert text.startswith(b" line a says line a says")
