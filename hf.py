@@ -8,6 +8,7 @@ error that names the key, and so is a tensor that has no place in it.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -30,6 +31,7 @@ except ImportError:  # an extra, requirements-hf.txt
     tokenizers = None
 
 PREFIX = "hf:"
+PATIENCE = 10  # seconds for the first answer of the server
 TOKENIZER, WEIGHTS, INDEX = "tokenizer.json", "model.safetensors", "model.safetensors.index.json"
 FILES = ("config.json", TOKENIZER, "model*.safetensors", INDEX)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -456,13 +458,25 @@ def find(name):
         return Path(place).expanduser()
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place):
         raise UserError(f"{name}: there is no folder {place}; name one with {', '.join(FILES)}, or OWNER/NAME")
-    from huggingface_hub import snapshot_download
+    return download(name)
 
+
+@functools.cache
+def download(name):
+    """hf:OWNER/NAME -> the folder that huggingface_hub keeps it in. Without an answer it is what is there already."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    place, refused = name.removeprefix(PREFIX), None
     try:
-        return Path(snapshot_download(place, allow_patterns=FILES))
+        HfApi().model_info(place, timeout=PATIENCE)  # the other would wait without end
     except Exception as error:  # of the network, of HTTP, of the disk: it passes on what it met
+        refused = error
+    try:
+        return Path(snapshot_download(place, allow_patterns=FILES, local_files_only=refused is not None))
+    except Exception as error:
+        said = " ".join(str(refused or error).split()) or type(refused or error).__name__
         raise UserError(
-            f"{name} is no folder here, and cannot be downloaded: {str(error).splitlines()[0]}; get {', '.join(FILES)} "
+            f"{name} is no folder here, and cannot be downloaded: {said.rstrip('.')}; get {', '.join(FILES)} "
             f"elsewhere, and name their folder: hf:FOLDER"
         ) from None
 
