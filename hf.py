@@ -72,12 +72,12 @@ FROM_ORIGINAL = ("yarn", "llama3", "longrope")  # relative to original_max_posit
 
 
 def read_rope(cfg, base="rope_theta", share="partial_rotary_factor", usual_share=1.0):
-    """posenc and original_length, from `rope_parameters` or, in older files, `rope_scaling` and the keys beside it,
-    whose names are given."""
+    """posenc and original_length, from `rope_parameters` or, in older files and before it, `rope_scaling` and the keys
+    beside it, whose names are given."""
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(cfg.get(key) or {}, dict):
             unsupported(key, cfg[key])
-    given = cfg.get("rope_parameters") or cfg.get("rope_scaling") or {}
+    given = cfg.get("rope_scaling") or cfg.get("rope_parameters") or {}
     given = {key: value for key, value in given.items() if value is not None}
     kind = [given.pop(key, None) for key in ("type", "rope_type")]
     kind = kind[1] or kind[0] or "default"

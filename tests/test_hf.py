@@ -6,11 +6,16 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch
+from tiny import ENV, ROOT, TINY
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install -r requirements-hf.txt")
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra: pip install -r requirements-hf.txt")
@@ -18,6 +23,7 @@ safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra: 
 
 import data
 import hf
+import posenc
 import runs
 import sample
 from data import tokenizer
@@ -155,6 +161,32 @@ def test_logits_are_theirs(tmp_path, bpe, model_type, settings):
     check(save(tmp_path, bpe, model_type, **settings), 24)
 
 
+LEFT_OUT = {
+    "llama": (
+        "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "head_dim", "hidden_act", "attention_bias",
+        "mlp_bias", "rope_parameters",
+    ),
+    "qwen2": ("rms_norm_eps", "tie_word_embeddings", "hidden_act", "rope_parameters", "use_sliding_window"),
+    "gpt_neox": (
+        "layer_norm_eps", "tie_word_embeddings", "hidden_act", "rope_parameters", "use_parallel_residual",
+        "attention_bias",
+    ),
+    "gpt2": ("n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights"),
+    "bloom": ("layer_norm_epsilon", "tie_word_embeddings"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", LEFT_OUT)
+def test_keys_that_are_left_out_have_their_defaults(tmp_path, bpe, model_type):
+    check(edit(save(tmp_path, bpe, model_type), **dict.fromkeys(LEFT_OUT[model_type])), 24)
+
+
+def test_bloom_has_older_names_for_its_sizes(tmp_path, bpe):
+    folder = save(tmp_path, bpe, "bloom")
+    new = dict(hidden_size=None, n_head=None, n_layer=None)
+    check(edit(folder, **new, n_embed=48, num_attention_heads=6, num_hidden_layers=2), 24)
+
+
 @pytest.mark.parametrize("rotary", [dict(rotary_pct=1.0), dict(rotary_pct=0.5, rotary_emb_base=500.0)])
 def test_neox_rotates_the_share_that_its_older_keys_name(tmp_path, bpe, rotary):
     folder = save(tmp_path, bpe, "gpt_neox")
@@ -230,14 +262,35 @@ def test_scaled_rotations_are_theirs(tmp_path, plain, name, form):
         assert ((found - other).abs().max() > 0.05) == differs
 
 
+@pytest.mark.parametrize("form", ["rope_parameters", "type"])
 @pytest.mark.parametrize(
     ("model_type", "name"),
     [("qwen2", "yarn"), ("qwen2", "linear"), ("gpt_neox", "linear"), ("gpt_neox", "dynamic"), ("gpt_neox", "yarn")],
 )
-def test_other_families_scale_too(tmp_path, plain, model_type, name):
-    more = {"partial_rotary_factor": 0.5} if model_type == "gpt_neox" else {}
-    keys = rope_keys("rope_parameters", SCALINGS[name] | more)
+def test_other_families_scale_too(tmp_path, plain, model_type, name, form):
+    keys = rope_keys(form, SCALINGS[name])
+    if model_type == "gpt_neox" and form == "type":
+        keys |= {"rotary_pct": 0.5, "rotary_emb_base": keys.pop("rope_theta")}
+    elif model_type == "gpt_neox":
+        keys["rope_parameters"]["partial_rotary_factor"] = 0.5
     check(copy(plain[model_type], tmp_path / "scaled", **keys), T + 16, ORIGINAL + 4, stale=name == "dynamic")
+
+
+def test_the_older_key_goes_before_the_newer_one(tmp_path, plain):
+    both = rope_keys("rope_parameters", SCALINGS["linear"]) | {"rope_scaling": SCALINGS["yarn"]}
+    found = check(copy(plain["llama"], tmp_path / "both", **both), T)
+    yarn = rope_keys("rope_parameters", SCALINGS["yarn"] | {"rope_theta": 1e4})
+    torch.testing.assert_close(check(copy(plain["llama"], tmp_path / "one", **yarn), T), found)
+
+
+@pytest.mark.parametrize("name", ["longrope", "yarn"])
+def test_the_original_length_may_stand_outside(tmp_path, plain, name):
+    keys = rope_keys("rope_parameters", SCALINGS[name])
+    found = check(copy(plain["llama"], tmp_path / "inside", **keys), T, ORIGINAL + 4)
+    del keys["rope_parameters"]["original_max_position_embeddings"]
+    torch.testing.assert_close(
+        check(copy(plain["llama"], tmp_path / "outside", **keys, **FROM), T, ORIGINAL + 4), found
+    )
 
 
 # ---- files
@@ -681,3 +734,79 @@ def test_a_server_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
         monkeypatch.setattr(hf, "PATIENCE", 0.1)
         with pytest.raises(UserError, match="hf:owner/tiny is no folder here, and cannot be downloaded.*timed out"):
             hf.find("hf:owner/tiny")
+
+
+# ---- the scripts
+
+
+def lengthened(folder, target, length):
+    """A copy that was trained at another length."""
+    return copy(folder, target, max_position_embeddings=length)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_greedy_text_is_theirs(tmp_path, bpe, call_script, model_type):
+    folder = save(tmp_path / "tiny", bpe, model_type)
+    encoding, prompt = hf.load_tokenizer(f"hf:{folder}"), "line 7 says that"
+    ids = encoding.encode_ordinary(prompt)
+    count = T - 1 - len(ids)
+    greedy = dict(do_sample=False, max_new_tokens=count, suppress_tokens=[0], pad_token_id=0)  # 0 ends a text
+    with torch.inference_mode():
+        found = oracle(folder).generate(torch.tensor([ids]), **greedy)[0].tolist()
+    assert len(set(found[len(ids) :])) > 5
+    done = call_script("sample.py", f"hf:{folder}", f"--prompt={prompt}", f"--tokens={count}", "--temperature=0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.partition(f"\n\n{count} tokens in")[0] == encoding.decode_bytes(found).decode(errors="replace")
+
+
+def test_what_is_put_before_a_text_is_read_and_not_printed(llama2, call_script):
+    done = call_script("sample.py", f"hf:{llama2}", "--prompt=line", "--tokens=3", "--samples=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[--- sample 1 ---]\n line") and "[--- sample 2 ---]\n line" in done.stdout
+    assert "<s>" not in done.stdout
+    begun = hf.load_tokenizer(f"hf:{llama2}").encode_ordinary("line")
+    assert f"{1 + len(begun)} - {3 + len(begun)} " in done.stdout  # <s> is a token of the prompt
+    empty = call_script("sample.py", f"hf:{llama2}", "--tokens=3")
+    assert empty.returncode == 0, empty.stderr
+    assert "1 - 3 " in empty.stdout  # <s> alone
+
+
+def test_a_published_model_is_evaluated(tmp_path, plain, bpe, llama2, corpus, call_script):
+    for folder in (plain["llama"], save(tmp_path / "gpt2", bpe, "gpt2"), llama2):
+        flags = [f"--data={corpus}", "--targets=2", "--train_length=16", f"--data_dir={tmp_path / 'data'}"]
+        done = call_script("evaluate.py", f"hf:{folder}", *flags, f"--out_dir={tmp_path / folder.name}")
+        assert done.returncode == 0, done.stderr
+        (result,) = json.loads((tmp_path / folder.name / "length.json").read_text())["runs"].values()
+        assert result["lengths"][:2] == [8, 16] and result["step"] == 0
+        assert all(0 < loss < 30 for loss in result["loss"])
+
+
+def test_a_published_model_is_tuned_to_twice_its_length_and_goes_on_after_a_stop(tmp_path, plain, corpus, call_script):
+    folder, out = lengthened(plain["llama"], tmp_path / "published", 16), tmp_path / "run"
+    settings = {key: value for key, value in TINY.items() if key not in ("n_layer", "n_embd", "train_length")}
+    settings |= {
+        "init_from": f"hf:{folder}", "posenc": 'rope(scaling="yarn", factor=2)', "train_length": 32, "text": corpus,
+        "data_dir": tmp_path / "data", "out_dir": out, "checkpoint_interval": 1000, "optimizer": "adamw",
+        "learning_rate": 1e-2,
+    }  # fmt: skip
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], env=ENV, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    stopped = runs.load(out)["step"]
+    assert 0 < stopped < settings["max_steps"]
+    done = call_script("train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").open()) if "loss" in line]
+    assert len(losses) == settings["max_steps"] and losses[-1] < losses[0] - 1
+    state = runs.load(out)
+    config = runs.config_of(state)
+    assert state["step"] == settings["max_steps"]
+    assert (config.train_length, config.original_length, config.tokenizer) == (32, 16, f"hf:{folder}")
+    assert posenc.parse(config.posenc) == (posenc.RoPE, {"base": 10000.0, "scaling": "yarn", "factor": 2})
+    done = call_script("evaluate.py", out, "--targets=2")
+    assert done.returncode == 0, done.stderr
+    cut(folder / "tokenizer.json")
+    refused(call_script("evaluate.py", out, "--targets=2"), f"{folder}/tokenizer.json is damaged")
