@@ -215,8 +215,8 @@ SCALINGS = {
     "yarn, attention_factor": dict(rope_type="yarn", factor=2.0, attention_factor=1.4) | FROM,
     "yarn, mscale": dict(rope_type="yarn", factor=4.0, mscale=1.0, mscale_all_dim=0.5) | FROM,
     "yarn, mscale alone": dict(rope_type="yarn", factor=4.0, mscale=3.0) | FROM,
-    "yarn, betas": dict(rope_type="yarn", factor=4.0, beta_fast=6.0, beta_slow=0.5) | FROM,
-    "yarn, not truncated": dict(rope_type="yarn", factor=4.0, beta_fast=6.0, truncate=False) | FROM,
+    "yarn, betas": dict(rope_type="yarn", factor=4.0, beta_fast=0.5, beta_slow=0.05) | FROM,
+    "yarn, not truncated": dict(rope_type="yarn", factor=4.0, beta_fast=0.5, beta_slow=0.1, truncate=False) | FROM,
     "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0) | FROM,
     "longrope": dict(rope_type="longrope") | FACTORS | FROM,
     "longrope, factor": dict(rope_type="longrope", factor=8.0) | FACTORS | FROM,
@@ -601,6 +601,7 @@ def test_a_text_begins_as_the_post_processor_says(tmp_path, llama2, how):
     assert (tokenizer.begin(encoding), encoding.eot_token) == ([1], 2)
     long = encoding.encode_ordinary("line says " * 9)
     assert encoding.decode_bytes(long) == b" " + b"line says " * 9
+    assert encoding.decode_bytes(encoding.encode_ordinary("line")) == b" line"  # not padded
 
 
 def test_nothing_begins_a_text_where_nothing_is_put_before_it(plain):
