@@ -8,6 +8,7 @@ error that names the key, and so is a tensor that has no place in it.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -21,10 +22,10 @@ from typing import ClassVar
 import torch
 
 import posenc
-from configs import Config, flags, make
+from configs import Config, convert, flags, make
 from data import tokenizer
 from errors import UserError, run
-from model import GPT, GPTConfig, make_norm
+from model import GPT, GPTConfig, make_norm, require
 
 try:
     import tokenizers
@@ -35,6 +36,7 @@ except ImportError:  # an extra, requirements-hf.txt
     tokenizers = None
 
 PREFIX = "hf:"
+PATIENCE = 10  # seconds for the first answer of the server
 TOKENIZER, WEIGHTS, INDEX = "tokenizer.json", "model.safetensors", "model.safetensors.index.json"
 FILES = ("config.json", TOKENIZER, "model*.safetensors", INDEX)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -75,9 +77,12 @@ FROM_ORIGINAL = ("yarn", "llama3", "longrope")  # relative to original_max_posit
 
 
 def read_rope(cfg, base="rope_theta", share="partial_rotary_factor", usual_share=1.0):
-    """posenc and original_length, from `rope_parameters` or, in older files, `rope_scaling` and the keys beside it,
-    whose names are given."""
-    given = cfg.get("rope_parameters") or cfg.get("rope_scaling") or {}
+    """posenc and original_length, from `rope_parameters` or, in older files and before it, `rope_scaling` and the keys
+    beside it, whose names are given."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(cfg.get(key) or {}, dict):
+            unsupported(key, cfg[key])
+    given = cfg.get("rope_scaling") or cfg.get("rope_parameters") or {}
     given = {key: value for key, value in given.items() if value is not None}
     kind = [given.pop(key, None) for key in ("type", "rope_type")]
     kind = kind[1] or kind[0] or "default"
@@ -91,6 +96,8 @@ def read_rope(cfg, base="rope_theta", share="partial_rotary_factor", usual_share
     turned = float(given.pop("partial_rotary_factor", cfg.get(share, usual_share)))
     if kind == "proportional":
         arguments["fraction"] = turned
+    elif turned != 1 and usual_share == 1:  # they read the share of these families for that kind alone
+        unsupported("partial_rotary_factor", turned)
     elif int(head_dim * turned) != head_dim:
         arguments["dims"] = int(head_dim * turned)
     if kind in ("yarn", "longrope"):
@@ -102,6 +109,7 @@ def read_rope(cfg, base="rope_theta", share="partial_rotary_factor", usual_share
             given.setdefault("attention_factor", over / under)
     for key in given.keys() - set(keys):
         unsupported(f"rope_scaling: {key}", given[key])
+    require("factor" in given or kind in ("default", "proportional"), f"rope_scaling of type {kind} lacks factor")
     if scaling != "none" and (scaling, given.get("factor", 1)) != ("linear", 1):
         arguments |= {"scaling": scaling} | given
     text = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
@@ -268,7 +276,7 @@ FAMILIES = {
             "blocks.{}.ff.fc": "layers.{}.mlp.dense_h_to_4h",
             "blocks.{}.ff.proj": "layers.{}.mlp.dense_4h_to_h",
             "norm": "final_layer_norm",
-            "head": "lm_head",
+            "head": "embed_out",
         },
         prefix="gpt_neox.",
         by_head=True,
@@ -309,7 +317,7 @@ FAMILIES = {
 
 def settings_of(cfg):
     """config.json -> our settings of the model. ValueError names the key that this model does not know."""
-    if cfg.get("model_type") not in FAMILIES:
+    if cfg.get("model_type") not in list(FAMILIES):
         known = ", ".join(FAMILIES)
         raise ValueError(f"model_type={cfg.get('model_type')!r} is not supported; those that are: {known}")
     family = FAMILIES[cfg["model_type"]]
@@ -318,7 +326,8 @@ def settings_of(cfg):
         given = [cfg[name] for name in names.split("|") if cfg.get(name) is not None]
         if not given and ours not in found:
             raise ValueError(f"it lacks {names.split('|')[0]}")
-        found[ours] = given[0] if given else found[ours]
+        found[ours] = convert(given[0], ours, Config, names.split("|")[0]) if given else found[ours]
+    require(found["n_head"] >= 1, f"n_head must be at least 1, not {found['n_head']}")
     for key, value in ({"quantization_config": None, "is_encoder_decoder": False} | family.only).items():
         if cfg.get(key) not in (None, value):
             unsupported(key, cfg[key])
@@ -356,7 +365,9 @@ class Folder:
     def __init__(self, folder):
         self.folder, self.files = folder, {}
         if (folder / INDEX).exists():
-            names = read_json(folder / INDEX).get("weight_map", {})
+            names = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+                raise UserError(f"{folder / INDEX} has no weight_map from tensors to files; download it again")
         elif (folder / WEIGHTS).exists():
             names = {}
         else:
@@ -394,12 +405,15 @@ def weights(folder, cfg, config):
         if any(part.dtype not in FLOATS for part in parts):
             raise UserError(f"{folder}: {names[0]} is of {parts[0].dtype}, and quantised weights are not supported")
         asked = list(turned(family, name, empty, config.n_head, back=True).shape)
-        if [sum(len(part) for part in parts), *parts[0].shape[1:]] != asked or len({p.shape[1:] for p in parts}) > 1:
+        rows = sum(part.shape[:1].numel() for part in parts)
+        if any([rows, *part.shape[1:]] != asked or part.dim() == 0 for part in parts):
             shapes = ", ".join(f"{one} is {list(part.shape)}" for one, part in zip(names, parts, strict=True))
             raise UserError(f"{folder}: {shapes}, and config.json asks for {asked}: they do not belong together")
         state[name] = turned(family, name, torch.cat(parts) if parts[1:] else parts[0], config.n_head).float()
     for name in sorted(stored.files.keys() - used):
-        if not NO_WEIGHTS.search(name) and not (name == "lm_head.weight" and config.tie_embeddings):
+        tied = config.tie_embeddings and [name] == theirs(family, "head.weight")
+        tied = tied and torch.equal(stored.read(name).float(), state["token.weight"])
+        if not tied and not NO_WEIGHTS.search(name):
             raise UserError(f"{folder}: the tensor {name} has no place in this {cfg['model_type']} model")
     return state
 
@@ -408,11 +422,11 @@ def load(name):
     """hf:FOLDER or hf:OWNER/NAME -> a state as `runs.load` gives it, after no step, and of no known corpus."""
     folder = find(name)
     cfg = read_json(folder / "config.json")
+    place = f"{PREFIX}{folder.resolve()}" if is_folder(name) else name
     try:
-        settings = settings_of(cfg)
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        config = Config(**settings_of(cfg), tokenizer=place)
+    except (UserError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
-    config = make(Config, settings | {"tokenizer": f"{PREFIX}{folder.resolve()}" if is_folder(name) else name})
     encoding = Tokenizer(folder, cfg)
     if encoding.n_vocab > config.vocab_size:
         raise UserError(
@@ -438,7 +452,8 @@ def read_json(path):
 
 
 def is_folder(name):
-    return Path(name.removeprefix(PREFIX)).expanduser().is_dir()
+    place = name.removeprefix(PREFIX)
+    return bool(place) and Path(place).expanduser().is_dir()
 
 
 def find(name):
@@ -450,13 +465,25 @@ def find(name):
         return Path(place).expanduser()
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place):
         raise UserError(f"{name}: there is no folder {place}; name one with {', '.join(FILES)}, or OWNER/NAME")
-    from huggingface_hub import snapshot_download
+    return download(name)
 
+
+@functools.cache
+def download(name):
+    """hf:OWNER/NAME -> the folder that huggingface_hub keeps it in. Without an answer it is what is there already."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    place, refused = name.removeprefix(PREFIX), None
     try:
-        return Path(snapshot_download(place, allow_patterns=FILES))
+        HfApi().model_info(place, timeout=PATIENCE)  # the other would wait without end
     except Exception as error:  # of the network, of HTTP, of the disk: it passes on what it met
+        refused = error
+    try:
+        return Path(snapshot_download(place, allow_patterns=FILES, local_files_only=refused is not None))
+    except Exception as error:
+        said = " ".join(str(refused or error).split()) or type(refused or error).__name__
         raise UserError(
-            f"{name} is no folder here, and cannot be downloaded: {str(error).splitlines()[0]}; get {', '.join(FILES)} "
+            f"{name} is no folder here, and cannot be downloaded: {said.rstrip('.')}; get {', '.join(FILES)} "
             f"elsewhere, and name their folder: hf:FOLDER"
         ) from None
 
@@ -480,10 +507,11 @@ class Tokenizer:
             self.inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # it raises nothing narrower
             raise UserError(f"{path} is damaged ({error}); download it again") from None
-        self.begin = self.inner.encode("").ids
         self.inner.encode_special_tokens = True  # text that looks like a special token is text
         self.inner.no_truncation()
         self.inner.no_padding()
+        some = self.inner.encode("a")  # and what is put around it
+        self.begin = some.ids[: [*some.special_tokens_mask, 0].index(0)]
         self.name = folder.name
         decoder = json.dumps(json.loads(self.inner.to_str())["decoder"])
         if "ByteLevel" not in decoder and "Metaspace" not in decoder and "ByteFallback" not in decoder:
@@ -491,13 +519,15 @@ class Tokenizer:
         added = self.inner.get_added_tokens_decoder()
         self.special = {token.content: id for id, token in added.items() if token.special}
         vocabulary = self.inner.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"{path} has no tokens; download it again")
         self.n_vocab = max(vocabulary.values()) + 1
         self.bytes = [b""] * self.n_vocab
         of_character = {character: byte for byte, character in enumerate(byte_characters())}
         for text, id in vocabulary.items():
             if id in added:
                 self.bytes[id] = text.encode()
-            elif "ByteLevel" in decoder:
+            elif "ByteLevel" in decoder and of_character.keys() >= set(text):
                 self.bytes[id] = bytes(of_character[character] for character in text)
             elif re.fullmatch("<0x[0-9A-F]{2}>", text):
                 self.bytes[id] = bytes([int(text[3:5], 16)])

@@ -100,6 +100,7 @@ def main(argv):
         print(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense", file=sys.stderr)
     T, count = config.train_length, options.tokens or 8 * config.train_length
     end, begin = encoding.eot_token, tokenizer.begin(encoding)
+    unsaid = {end, *begin}
     prompt = [*begin, *encoding.encode_ordinary(options.prompt)] or [end]
     if not options.crop:
         try:
@@ -128,10 +129,10 @@ def main(argv):
     mark = f"\n{colour[0]}[--- {T} tokens: the training length ends here ---]{colour[1]}"
     if options.samples > 1:
         print(f"{colour[0]}[--- sample 1 ---]{colour[1]}")
-    stream.write([token for token in prompt[:T] if token != end])
+    stream.write([token for token in prompt[:T] if token not in unsaid])
     if len(prompt) >= T:
         print(mark)
-    stream.write([token for token in prompt[T:] if token != end])
+    stream.write([token for token in prompt[T:] if token not in unsaid])
     start = time.perf_counter()
     try:
         with device.autocast():
@@ -160,7 +161,7 @@ def main(argv):
     stream.write([], final=True)
     for index, text in enumerate(texts[1:], start=2):
         print(f"\n\n{colour[0]}[--- sample {index} ---]{colour[1]}")
-        Stream(encoding).write([token for token in text if token != end], final=True)
+        Stream(encoding).write([token for token in text if token not in unsaid], final=True)
 
     made = sum(len(text) - len(prompt) for text in texts)
     print(f"\n\n{colour[0]}{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s")

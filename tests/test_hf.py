@@ -1,0 +1,813 @@
+"""Published models: what `transformers` computes from a folder is what we compute from it, and what we refuse."""
+
+import hashlib
+import http.server
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from tiny import ENV, ROOT, TINY
+
+transformers = pytest.importorskip("transformers", reason="needs the extra: pip install -r requirements-hf.txt")
+tokenizers = pytest.importorskip("tokenizers", reason="needs the extra: pip install -r requirements-hf.txt")
+safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra: pip install -r requirements-hf.txt")
+
+import data
+import hf
+import posenc
+import runs
+import sample
+from data import tokenizer
+from errors import UserError
+from model import Cache
+
+T, ORIGINAL, V = 64, 32, 300  # positions of the tiny models, those before a scaling, and their vocabulary
+LLAMA = dict(
+    hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=T
+)
+SIZES = {
+    "llama": LLAMA,
+    "qwen2": LLAMA | dict(num_key_value_heads=3),
+    "gpt_neox": LLAMA,
+    "gpt2": dict(n_embd=48, n_layer=2, n_head=6, n_positions=T),
+    "bloom": dict(hidden_size=48, n_layer=2, n_head=6),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_seed():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory):
+    """A tokenizer.json as GPT-2's, of 300 tokens; 0 ends a text."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=V, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator([f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(99)], trainer)
+    file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    inner.save(str(file))
+    return file
+
+
+@torch.no_grad()
+def scatter(model):
+    """Draw every parameter anew, so large that attention and logits differ clearly, norms and biases too."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_" in name:
+            parameter.normal_(std=0.3).add_(1.0 if name.endswith("weight") else 0.0)
+        elif parameter.dim() == 1:
+            parameter.normal_(std=0.5)
+        else:
+            parameter.normal_(std=1.0 if "emb" in name or "wte" in name or "wpe" in name else 1.5 * 48**-0.5)
+    return model
+
+
+def save(folder, bpe, model_type, dtype=torch.float32, **settings):
+    """A model of the family, drawn anew, as a folder."""
+    sizes = SIZES[model_type] | dict(vocab_size=V, bos_token_id=0, eos_token_id=0) | settings
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    model = scatter(transformers.AutoModelForCausalLM.from_config(config)).to(dtype)
+    model.save_pretrained(folder)
+    shutil.copy(bpe, folder / "tokenizer.json")
+    return folder
+
+
+def oracle(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def ids(length, rows=2):
+    return torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def pieces(tokens, prompt):
+    """The prompt, three tokens together, and the others one by one."""
+    rest = tokens.shape[1] - prompt - 3
+    return tokens.split([prompt, 3, *[1] * rest], dim=1)
+
+
+@torch.inference_mode()
+def theirs(model, parts):
+    past, found = None, []
+    for part in parts:
+        out = model(part, past_key_values=past, use_cache=len(parts) > 1)
+        past, _ = out.past_key_values, found.append(out.logits)
+    return torch.cat(found, dim=1)
+
+
+@torch.inference_mode()
+def ours(model, parts):
+    cache = Cache(total=sum(part.shape[1] for part in parts)) if len(parts) > 1 else None
+    return torch.cat([model(part, cache=cache) for part in parts], dim=1)
+
+
+def check(folder, length, prompt=8, stale=False):
+    """Logits of the folder's model are theirs, all at once and from the cache. Returns those of all at once.
+
+    stale: their cache keeps keys rotated for a shorter context, so ours is compared with what they compute at once.
+    """
+    tokens, reference, run = ids(length), oracle(folder), runs.open_run(f"hf:{folder}")
+    whole = theirs(reference, [tokens])
+    assert whole.std() > 0.5
+    torch.testing.assert_close(ours(run.model, [tokens]), whole, atol=1e-4, rtol=1e-4)
+    cached = whole if stale else theirs(reference, pieces(tokens, prompt))
+    torch.testing.assert_close(ours(run.model, pieces(tokens, prompt)), cached, atol=1e-4, rtol=1e-4)
+    return whole
+
+
+# ---- families
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {}),
+        ("llama", dict(num_key_value_heads=2, num_hidden_layers=3, rms_norm_eps=1e-2)),
+        ("llama", dict(tie_word_embeddings=True, num_key_value_heads=1)),
+        ("llama", dict(attention_bias=True)),
+        ("llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=3)),
+        ("qwen2", {}),
+        ("qwen2", dict(tie_word_embeddings=True, num_key_value_heads=6)),
+        ("gpt_neox", {}),
+        ("gpt_neox", dict(use_parallel_residual=False, hidden_act="gelu_new")),
+        ("gpt_neox", dict(hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, layer_norm_eps=1e-2)),
+        ("gpt2", {}),
+        ("gpt2", dict(n_inner=80, activation_function="gelu", layer_norm_epsilon=1e-2)),
+        ("gpt2", dict(tie_word_embeddings=False, activation_function="gelu_pytorch_tanh")),
+        ("bloom", {}),  # six heads: no power of two
+        ("bloom", dict(n_head=4, tie_word_embeddings=False, layer_norm_epsilon=1e-2)),
+    ],
+)
+def test_logits_are_theirs(tmp_path, bpe, model_type, settings):
+    check(save(tmp_path, bpe, model_type, **settings), 24)
+
+
+LEFT_OUT = {
+    "llama": (
+        "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "head_dim", "hidden_act", "attention_bias",
+        "mlp_bias", "rope_parameters",
+    ),
+    "qwen2": ("rms_norm_eps", "tie_word_embeddings", "hidden_act", "rope_parameters", "use_sliding_window"),
+    "gpt_neox": (
+        "layer_norm_eps", "tie_word_embeddings", "hidden_act", "rope_parameters", "use_parallel_residual",
+        "attention_bias",
+    ),
+    "gpt2": ("n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights"),
+    "bloom": ("layer_norm_epsilon", "tie_word_embeddings"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", LEFT_OUT)
+def test_keys_that_are_left_out_have_their_defaults(tmp_path, bpe, model_type):
+    check(edit(save(tmp_path, bpe, model_type), **dict.fromkeys(LEFT_OUT[model_type])), 24)
+
+
+def test_bloom_has_older_names_for_its_sizes(tmp_path, bpe):
+    folder = save(tmp_path, bpe, "bloom")
+    new = dict(hidden_size=None, n_head=None, n_layer=None)
+    check(edit(folder, **new, n_embed=48, num_attention_heads=6, num_hidden_layers=2), 24)
+
+
+@pytest.mark.parametrize("rotary", [dict(rotary_pct=1.0), dict(rotary_pct=0.5, rotary_emb_base=500.0)])
+def test_neox_rotates_the_share_that_its_older_keys_name(tmp_path, bpe, rotary):
+    folder = save(tmp_path, bpe, "gpt_neox")
+    edit(folder, rope_parameters=None, **rotary)
+    check(folder, 24)
+
+
+def edit(folder, **changes):
+    """Change keys of config.json; None takes one out."""
+    path = folder / "config.json"
+    cfg = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in cfg.items() if value is not None}))
+    return folder
+
+
+# ---- scalings of rope
+
+FACTORS = dict(short_factor=[1.0, 1.2, 1.5, 2.0], long_factor=[1.0, 1.5, 3.0, 6.0])  # of the pairs of 8 dimensions
+FROM = dict(original_max_position_embeddings=ORIGINAL)
+SCALINGS = {
+    "default": dict(rope_type="default"),
+    "linear": dict(rope_type="linear", factor=2.5),
+    "dynamic": dict(rope_type="dynamic", factor=3.0),
+    "yarn": dict(rope_type="yarn", factor=4.0) | FROM,
+    "yarn, not from a shorter one": dict(rope_type="yarn", factor=4.0),
+    "yarn, attention_factor": dict(rope_type="yarn", factor=2.0, attention_factor=1.4) | FROM,
+    "yarn, mscale": dict(rope_type="yarn", factor=4.0, mscale=1.0, mscale_all_dim=0.5) | FROM,
+    "yarn, mscale alone": dict(rope_type="yarn", factor=4.0, mscale=3.0) | FROM,
+    "yarn, betas": dict(rope_type="yarn", factor=4.0, beta_fast=0.5, beta_slow=0.05) | FROM,
+    "yarn, not truncated": dict(rope_type="yarn", factor=4.0, beta_fast=0.5, beta_slow=0.1, truncate=False) | FROM,
+    "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0) | FROM,
+    "longrope": dict(rope_type="longrope") | FACTORS | FROM,
+    "longrope, factor": dict(rope_type="longrope", factor=8.0) | FACTORS | FROM,
+    "longrope, attention_factor": dict(rope_type="longrope", factor=2.0, attention_factor=1.3) | FACTORS | FROM,
+    "proportional": dict(rope_type="proportional", partial_rotary_factor=0.5),
+    "proportional, factor": dict(rope_type="proportional", partial_rotary_factor=0.75, factor=3.0),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, bpe):
+    """{family: a folder without scaling}"""
+    torch.manual_seed(0)
+    return {one: save(tmp_path_factory.mktemp(one), bpe, one) for one in ("llama", "qwen2", "gpt_neox")}
+
+
+def copy(folder, target, **changes):
+    shutil.copytree(folder, target)
+    return edit(target, **changes)
+
+
+def rope_keys(form, scaling):
+    """config.json's keys for a scaling, as versions of transformers have written them."""
+    if form == "rope_parameters":
+        return {"rope_parameters": {"rope_theta": 1000.0} | scaling}
+    kind = {form: scaling["rope_type"]}
+    given = {key: value for key, value in scaling.items() if key != "rope_type"}
+    return {"rope_parameters": None, "rope_theta": 1000.0, "rope_scaling": kind | given}
+
+
+@pytest.mark.parametrize("form", ["rope_parameters", "rope_type", "type"])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_rotations_are_theirs(tmp_path, plain, name, form):
+    folder = copy(plain["llama"], tmp_path / "scaled", **rope_keys(form, SCALINGS[name]))
+    unscaled = copy(plain["llama"], tmp_path / "plain", **rope_keys("rope_parameters", SCALINGS["default"]))
+    for length in (ORIGINAL - 4, T - 4, T + 16) if form == "rope_parameters" else (T + 16,):
+        # Their cache keeps what was rotated for a shorter context. A prompt past ORIGINAL has the regime of the whole.
+        stale = name == "dynamic" and length > T
+        prompt = ORIGINAL + 4 if length > ORIGINAL else 8
+        found = check(folder, length, prompt, stale)
+        differs = name != "default" and (name != "dynamic" or length > T)
+        other = theirs(oracle(unscaled), [ids(length)])
+        assert ((found - other).abs().max() > 0.05) == differs
+
+
+@pytest.mark.parametrize("form", ["rope_parameters", "type"])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("qwen2", "yarn"), ("qwen2", "linear"), ("gpt_neox", "linear"), ("gpt_neox", "dynamic"), ("gpt_neox", "yarn")],
+)
+def test_other_families_scale_too(tmp_path, plain, model_type, name, form):
+    keys = rope_keys(form, SCALINGS[name])
+    if model_type == "gpt_neox" and form == "type":
+        keys |= {"rotary_pct": 0.5, "rotary_emb_base": keys.pop("rope_theta")}
+    elif model_type == "gpt_neox":
+        keys["rope_parameters"]["partial_rotary_factor"] = 0.5
+    check(copy(plain[model_type], tmp_path / "scaled", **keys), T + 16, ORIGINAL + 4, stale=name == "dynamic")
+
+
+def test_the_older_key_goes_before_the_newer_one(tmp_path, plain):
+    both = rope_keys("rope_parameters", SCALINGS["linear"]) | {"rope_scaling": SCALINGS["yarn"]}
+    found = check(copy(plain["llama"], tmp_path / "both", **both), T)
+    yarn = rope_keys("rope_parameters", SCALINGS["yarn"] | {"rope_theta": 1e4})
+    torch.testing.assert_close(check(copy(plain["llama"], tmp_path / "one", **yarn), T), found)
+
+
+@pytest.mark.parametrize("name", ["longrope", "yarn"])
+def test_the_original_length_may_stand_outside(tmp_path, plain, name):
+    keys = rope_keys("rope_parameters", SCALINGS[name])
+    found = check(copy(plain["llama"], tmp_path / "inside", **keys), T, ORIGINAL + 4)
+    del keys["rope_parameters"]["original_max_position_embeddings"]
+    torch.testing.assert_close(
+        check(copy(plain["llama"], tmp_path / "outside", **keys, **FROM), T, ORIGINAL + 4), found
+    )
+
+
+# ---- files
+
+
+def stored(folder):
+    return safetensors.load_file(folder / "model.safetensors")
+
+
+def store(folder, tensors, file="model.safetensors"):
+    safetensors.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
+    return folder
+
+
+def shard(folder):
+    """Write the folder's model again in pieces of 10 kB; returns their names."""
+    oracle(folder).save_pretrained(folder, max_shard_size="10KB")
+    (folder / "model.safetensors").unlink()
+    return sorted(path.name for path in folder.glob("model-*.safetensors"))
+
+
+def test_weights_may_lie_in_several_files(tmp_path, plain):
+    folder = copy(plain["llama"], tmp_path / "shards")
+    assert len(shard(folder)) > 3
+    assert torch.equal(check(folder, 24), theirs(oracle(plain["llama"]), [ids(24)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_become_float32(tmp_path, bpe, dtype):
+    folder = save(tmp_path, bpe, "llama", dtype)
+    assert {tensor.dtype for tensor in stored(folder).values()} == {dtype}
+    check(folder, 24)
+    assert {p.dtype for p in runs.open_run(f"hf:{folder}").model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bloom"])
+def test_names_may_lack_the_prefix_as_in_the_first_files(tmp_path, bpe, model_type):
+    folder = save(tmp_path, bpe, model_type)
+    before = check(folder, 24)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored(folder).items()}
+    if model_type == "gpt2":
+        masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, T, T).tril() for layer in range(2)}
+        tensors |= masks | {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
+    store(folder, tensors)
+    torch.testing.assert_close(check(folder, 24), before)
+
+
+@pytest.mark.parametrize(("model_type", "head"), [("llama", "lm_head"), ("gpt_neox", "embed_out")])
+def test_a_tied_head_may_be_stored_too_if_it_is_the_embeddings(tmp_path, bpe, call_script, model_type, head):
+    folder = save(tmp_path / "tied", bpe, model_type, tie_word_embeddings=True)
+    (tokens,) = (tensor for name, tensor in stored(folder).items() if tensor.shape == (V, 48))
+    store(folder, stored(folder) | {f"{head}.weight": tokens.clone()})
+    check(folder, 24)
+    store(folder, stored(folder) | {f"{head}.weight": tokens + 1})
+    refused(call_script("sample.py", f"hf:{folder}"), f"{head}.weight")
+
+
+def test_frequencies_that_older_versions_stored_are_left_out(tmp_path, plain):
+    folder = copy(plain["llama"], tmp_path / "old")
+    store(folder, stored(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    check(folder, 24)
+
+
+# ---- bad folders
+
+
+def cut(path, share=0.5):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def without(folder, name):
+    tensors = stored(folder)
+    del tensors[name]
+    store(folder, tensors)
+
+
+def changed(folder, name, change):
+    store(folder, stored(folder) | {name: change(stored(folder)[name])})
+
+
+def scaled(folder, **scaling):
+    edit(folder, rope_parameters={"rope_theta": 1e4} | scaling)
+
+
+def retokenized(folder, change):
+    """Change the JSON of tokenizer.json."""
+    path = folder / "tokenizer.json"
+    inner = json.loads(path.read_text())
+    change(inner)
+    path.write_text(json.dumps(inner))
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+# what is wrong: (what breaks a folder, words that the line has)
+BAD = {
+    "a missing shard": (lambda f: (f / shard(f)[1]).unlink(), ["model-00002-of-", "which model.safe"]),
+    "a shard cut short": (lambda f: cut(f / shard(f)[1]), ["model-00002-of-", "cut short"]),
+    "an index cut short": (lambda f: (shard(f), cut(f / hf.INDEX)), [hf.INDEX, "cannot be read"]),
+    "an index of another form": (
+        lambda f: (shard(f), (f / hf.INDEX).write_text('{"weight_map": ["a"]}')), [hf.INDEX, "weight_map"]
+    ),
+    "a file cut short": (lambda f: cut(f / "model.safetensors"), ["model.safetensors is damaged", "cut short"]),
+    "a header cut short": (lambda f: cut(f / "model.safetensors", 1e-2), ["model.safetensors is damaged"]),
+    "an empty file": (lambda f: cut(f / "model.safetensors", 0), ["model.safetensors is damaged"]),
+    "pickled weights": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["neither model.safetensors nor"]
+    ),
+    "an extra tensor": (lambda f: store(f, stored(f) | {"model.extra.weight": torch.ones(3)}), ["model.extra.weight"]),
+    "biases that config.json does not know": (
+        lambda f: store(f, stored(f) | {Q.replace("weight", "bias"): torch.ones(48)}), ["0.self_attn.q_proj.bias"]
+    ),
+    "a missing tensor": (lambda f: without(f, Q), ["layers.0.self_attn.q_proj.weight", "lacks"]),
+    "a missing head": (lambda f: without(f, "lm_head.weight"), ["lm_head.weight", "lacks"]),
+    "a quantised tensor": (lambda f: changed(f, Q, lambda x: x.to(torch.int8)), ["q_proj.weight", "int8"]),
+    "a tensor of another shape": (lambda f: changed(f, Q, lambda x: x[:24]), ["q_proj.weight", "[24, 48]"]),
+    "a tensor without dimensions": (lambda f: changed(f, "model.norm.weight", lambda x: x[0]), ["norm.weight", "[]"]),
+    "another vocabulary": (lambda f: edit(f, vocab_size=V + 7), ["embed_tokens.weight is [300, 48]", "[307, 48]"]),
+    "a tokenizer of more tokens": (lambda f: edit(f, vocab_size=V - 7), ["300 tokens", "vocab_size is 293"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer.json", "save_pretrained"]),
+    "a damaged tokenizer": (lambda f: cut(f / "tokenizer.json"), ["tokenizer.json is damaged"]),
+    "a tokenizer of another form": (lambda f: (f / "tokenizer.json").write_text("[]"), ["tokenizer.json is damaged"]),
+    "a tokenizer without a decoder": (
+        lambda f: retokenized(f, lambda j: j.update(decoder=None)), ["tokenizer.json", "decoder"]
+    ),
+    "a tokenizer without tokens": (
+        lambda f: retokenized(f, lambda j: (j["model"].update(vocab={}, merges=[]), j.update(added_tokens=[]))),
+        ["tokenizer.json", "no tokens"],
+    ),
+    "an end that is no token": (lambda f: edit(f, eos_token_id=V), ["eos_token_id=300"]),
+    "no end": (lambda f: edit(f, eos_token_id=None), ["eos_token_id"]),
+    "no config.json": (lambda f: (f / "config.json").unlink(), ["config.json cannot be read"]),
+    "a config.json that is no JSON": (lambda f: cut(f / "config.json"), ["config.json cannot be read"]),
+    "a config.json that is no text": (
+        lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json cannot be read"]
+    ),
+    "a config.json that is a list": (lambda f: (f / "config.json").write_text("[1]"), ["is no JSON object"]),
+    "a word for a number": (lambda f: edit(f, num_hidden_layers="two"), ["config.json", "num_hidden_layers", "'two'"]),
+    "a list for a number": (lambda f: edit(f, hidden_size=[48]), ["config.json", "hidden_size", "[48]"]),
+    "a null for a number": (lambda f: edit(f, num_hidden_layers=None), ["config.json", "it lacks num_hidden_layers"]),
+    "no heads": (lambda f: edit(f, num_attention_heads=0), ["config.json", "n_head"]),
+    "too many heads": (lambda f: edit(f, num_attention_heads=7, head_dim=None), ["config.json", "n_head (7)"]),
+    "a negative number": (lambda f: edit(f, intermediate_size=-1), ["config.json", "n_hidden"]),
+    "another family": (lambda f: edit(f, model_type="t5"), ["model_type='t5'", "llama, qwen2, gpt2, gpt_neox, bloom"]),
+    "no family": (lambda f: edit(f, model_type=None), ["model_type=None"]),
+    "a list for a family": (lambda f: edit(f, model_type=["llama"]), ["model_type=['llama']"]),
+    "wider heads": (lambda f: edit(f, head_dim=12), ["head_dim=12"]),
+    "odd heads": (
+        lambda f: edit(f, num_attention_heads=16, num_key_value_heads=16, head_dim=3), ["must be even, not 3"]
+    ),
+    "quantisation": (lambda f: edit(f, quantization_config={"bits": 4}), ["quantization_config"]),
+    "another activation": (lambda f: edit(f, hidden_act="relu"), ["hidden_act='relu'"]),
+    "biases of the feed-forward layer alone": (lambda f: edit(f, mlp_bias=True), ["mlp_bias=True"]),
+    "an unknown scaling": (lambda f: scaled(f, rope_type="mrope"), ["rope_type='mrope'"]),
+    "an unknown key of a scaling": (lambda f: scaled(f, rope_type="linear", factor=2.0, twist=3), ["twist=3"]),
+    "a scaling without its factor": (lambda f: scaled(f, rope_type="linear"), ["rope_scaling", "factor"]),
+    "a word for a factor": (lambda f: scaled(f, rope_type="linear", factor="two"), ["factor='two'"]),
+    "a word for a base": (lambda f: scaled(f, rope_type="default", rope_theta="big"), ["'big'"]),
+    "a factor below 1": (lambda f: scaled(f, rope_type="linear", factor=0.5), ["factor must be at least 1"]),
+    "too few factors": (
+        lambda f: scaled(f, rope_type="longrope", short_factor=[1.0], long_factor=[2.0], **FROM), ["short_factor=[...]"]
+    ),
+    "a word for a scaling": (lambda f: edit(f, rope_parameters="linear"), ["rope_parameters='linear'"]),
+    "part of the pairs": (
+        lambda f: scaled(f, rope_type="default", partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, plain, call_script, what):
+    spoil, words = BAD[what]
+    folder = copy(plain["llama"], tmp_path / "bad")
+    spoil(folder)
+    refused(call_script("sample.py", f"hf:{folder}", "--tokens=1"), *words)
+
+
+def refused(done, *words):
+    assert done.returncode == 2, done.stdout + done.stderr
+    script = next(os.path.basename(word) for word in done.args if word.endswith(".py"))
+    assert done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True)),
+        ("gpt2", dict(scale_attn_weights=False)),
+        ("gpt2", dict(add_cross_attention=True)),
+        ("gpt2", dict(activation_function="relu")),
+        ("qwen2", dict(use_sliding_window=True)),
+        ("gpt_neox", dict(attention_bias=False)),
+        ("gpt_neox", dict(hidden_act="silu")),
+        ("bloom", dict(apply_residual_connection_post_layernorm=True)),
+    ],
+)
+def test_a_key_that_asks_for_another_model_is_named(tmp_path, bpe, call_script, model_type, changes):
+    folder = edit(save(tmp_path / "bad", bpe, model_type), **changes)
+    ((key, value),) = changes.items()
+    refused(call_script("evaluate.py", f"hf:{folder}", f"--data={bpe}"), f"{key}={value!r} is not supported")
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:nowhere", "hf:/no/where", "hf:../up", "hf:a/b/c", "hf:a b/c"])
+def test_a_name_that_is_no_folder_says_what_a_name_is(call_script, name):
+    refused(call_script("sample.py", name), "OWNER/NAME")
+    refused(call_script("evaluate.py", name), "OWNER/NAME")
+
+
+def test_a_published_model_named_as_a_run_is_told_its_name(plain, call_script):
+    refused(call_script("sample.py", plain["llama"]), f"hf:{plain['llama']}")
+
+
+def test_without_the_extra_packages_a_line_says_how_to_get_them(plain, call_script, monkeypatch):
+    monkeypatch.setattr(hf, "tokenizers", None)
+    refused(call_script("sample.py", f"hf:{plain['llama']}"), "pip install -r requirements-hf.txt")
+
+
+# ---- tokenizers
+
+TEXTS = [
+    "", " ", "line 7 says", "  two spaces,\ttab\r\n\n", "naïve Ελλάδα 日本語", "👩‍👩‍👧 🇩🇪", "\x00\x07\x1b[2m\x7f",
+    "e\u0301 \u00e9 \u200f\ufeff\u2028", "<|endoftext|>", "<s> </s> <0x0A> <unk>",
+]  # fmt: skip
+
+
+def sentencepiece(file, more=(), **how):
+    """A tokenizer.json as Llama 2's: characters and bytes, no pre-tokenizer, <s> before every text."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [*"\u2581abcdefghilnoprstuvxy,.0123456789", "\u2581s", "\u2581sa", "li", "ne", "\u2581li", *more]
+    merges = [("\u2581", "s"), ("\u2581s", "a"), ("l", "i"), ("n", "e"), ("\u2581", "li")]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if how.get("metaspace"):
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        inner.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+        )
+    decoders = tokenizers.decoders
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    single = how.get("single", "<s> $A")
+    special = [("<s>", 1), ("</s>", 2)]
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=special)
+    if how.get("padding"):
+        inner.enable_padding(length=40, pad_id=0, pad_token="<unk>")
+        inner.enable_truncation(max_length=4)
+    inner.save(str(file))
+    return inner
+
+
+@pytest.fixture(scope="module")
+def llama2(tmp_path_factory, bpe):
+    """A folder as Llama 2's."""
+    torch.manual_seed(0)
+    folder = save(tmp_path_factory.mktemp("llama2"), bpe, "llama", vocab_size=320, bos_token_id=1, eos_token_id=2)
+    sentencepiece(folder / "tokenizer.json")
+    return folder
+
+
+def inner_of(folder):
+    """Their tokenizer, to which special tokens in a text are text."""
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.encode_special_tokens = True
+    return inner
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokens_are_theirs_and_give_back_the_text(plain, llama2, text):
+    for folder, before in ((plain["llama"], ""), (llama2, " ")):
+        encoding, inner = hf.load_tokenizer(f"hf:{folder}"), inner_of(folder)
+        ids = encoding.encode_ordinary(text)
+        assert ids == inner.encode(text, add_special_tokens=False).ids
+        expected = (before + text if text else "").encode()  # the one space that sentencepiece puts before a text
+        assert encoding.decode_bytes(ids) == expected
+        assert inner.decode(ids, skip_special_tokens=False) == text
+        assert sum(tokenizer.byte_lengths(encoding)[ids]) == len(expected)
+        assert encoding.eot_token not in ids
+
+
+def test_merged_tokens_are_used(plain, llama2):
+    for folder in (plain["llama"], llama2):
+        encoding = hf.load_tokenizer(f"hf:{folder}")
+        assert len(encoding.encode_ordinary("line says")) < len("line says")
+
+
+def test_streamed_text_has_no_half_characters(plain, llama2, capsys):
+    for folder, before in ((plain["llama"], ""), (llama2, " ")):
+        encoding, text, seen = hf.load_tokenizer(f"hf:{folder}"), "é日本👩‍👧 line!", ""
+        stream = sample.Stream(encoding)
+        for token in encoding.encode_ordinary(text):
+            stream.write([token])
+            seen += capsys.readouterr().out
+            assert (before + text).startswith(seen)
+        assert seen == before + text
+
+
+@pytest.mark.parametrize("how", [{}, dict(metaspace=True), dict(padding=True), dict(single="<s> $A </s>")])
+def test_a_text_begins_as_the_post_processor_says(tmp_path, llama2, how):
+    shutil.copy(llama2 / "config.json", tmp_path)
+    sentencepiece(tmp_path / "tokenizer.json", **how)
+    encoding = hf.load_tokenizer(f"hf:{tmp_path}")
+    assert (tokenizer.begin(encoding), encoding.eot_token) == ([1], 2)
+    long = encoding.encode_ordinary("line says " * 9)
+    assert encoding.decode_bytes(long) == b" " + b"line says " * 9
+    assert encoding.decode_bytes(encoding.encode_ordinary("line")) == b" line"  # not padded
+
+
+def test_nothing_begins_a_text_where_nothing_is_put_before_it(plain):
+    assert tokenizer.begin(hf.load_tokenizer(f"hf:{plain['llama']}")) == []
+
+
+def test_added_tokens_that_are_not_special_are_text(tmp_path, plain):
+    folder = copy(plain["llama"], tmp_path / "added")
+    inner = inner_of(folder)
+    inner.add_tokens(["    ", "naïve"])  # GPT-NeoX has such runs of spaces
+    inner.add_special_tokens(["<|pad|>"])
+    inner.save(str(folder / "tokenizer.json"))
+    encoding = hf.load_tokenizer(f"hf:{folder}")
+    ids = encoding.encode_ordinary("line    naïve <|pad|>")
+    assert {V, V + 1} < set(ids) and V + 2 not in ids
+    assert encoding.decode_bytes(ids).decode() == "line    naïve <|pad|>"
+    lengths = tokenizer.byte_lengths(encoding)
+    assert lengths[[0, V, V + 1, V + 2]].tolist() == [0, 4, len("naïve".encode()), 0]
+
+
+def test_tokenizers_differ_by_their_vocabulary(tmp_path, plain, llama2):
+    one = [hf.load_tokenizer(f"hf:{plain[name]}") for name in ("llama", "qwen2")]
+    assert tokenizer.fingerprint(one[0]) == tokenizer.fingerprint(one[1])
+    shutil.copy(llama2 / "config.json", tmp_path)
+    sentencepiece(tmp_path / "tokenizer.json", more=["\u2581lin"])
+    other = [hf.load_tokenizer(f"hf:{folder}") for folder in (llama2, tmp_path)]
+    assert tokenizer.fingerprint(other[0]) != tokenizer.fingerprint(other[1])
+
+
+def test_prepared_documents_begin_and_end(tmp_path, llama2):
+    for name in ("a", "b"):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"line {name} says " * 90)
+    run = runs.open_run(f"hf:{llama2}")
+    run.config.dataset, run.config.text, run.config.data_dir = "text", str(tmp_path / "texts"), str(tmp_path / "data")
+    dataset = data.open_dataset(run.config, run.encoding)
+    borders = dataset.documents("train")
+    for begin, end in itertools.pairwise(borders):
+        assert (dataset.train[begin], dataset.train[end - 1]) == (1, 2)
+        assert (dataset.train[begin + 1 : end - 1] > 2).all()
+    assert len(borders) == 3
+    text = run.encoding.decode_bytes(dataset.train[borders[0] + 1 : borders[1] - 1])
+    assert text.startswith(b" line a says line a says")
+
+
+# ---- downloads
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks of its server, for `server.folder` as owner/tiny and nothing else."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        folder, sha = self.server.folder, "0123456789" * 4
+        headers, body = {"X-Error-Code": "RepoNotFound"}, b"{}"
+        if self.path.startswith("/api/models/owner/tiny"):
+            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            files = [{"rfilename": name} for name in sizes]
+            tree = [{"type": "file", "path": name, "size": size, "oid": sha} for name, size in sizes.items()]
+            info = {"id": "owner/tiny", "sha": sha, "siblings": files}
+            headers, body = {}, json.dumps(tree if "/tree/" in self.path else info).encode()
+        elif self.path.startswith(f"/owner/tiny/resolve/{sha}/"):
+            body = (folder / self.path.rpartition("/")[2]).read_bytes()
+            headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": sha}
+        self.send_response(404 if "X-Error-Code" in headers else 200)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(plain, tmp_path):
+    """A server that has the tiny Llama, and beside it files that we have no use for."""
+    folder = copy(plain["llama"], tmp_path / "published")
+    (folder / "pytorch_model.bin").write_bytes(b"code" * 1000)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.folder, server.asked, server.daemon_threads = folder, [], True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def hub_env(tmp_path, port, **more):
+    return {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "home"), "no_proxy": "*"} | more
+
+
+def test_a_published_model_is_downloaded_once(hub, tmp_path, plain, run_script, call_script):
+    env = hub_env(tmp_path, hub.server_port)
+    flags = ["--tokens=8", "--temperature=0", "--prompt=line 7"]
+    done = run_script("sample.py", "hf:owner/tiny", *flags, env=env)
+    assert done.returncode == 0, done.stderr
+    local = call_script("sample.py", f"hf:{plain['llama']}", *flags)
+    assert done.stdout.partition(" tokens in")[0] == local.stdout.partition(" tokens in")[0]
+    assert any(path.endswith("/model.safetensors") for path in hub.asked)
+    assert not any("pytorch_model.bin" in path for path in hub.asked)
+    assert sum("/tree/" in path for path in hub.asked) == 1
+    hub.asked.clear()
+    again = run_script("sample.py", "hf:owner/tiny", *flags, env=env | {"HF_HUB_OFFLINE": "1"})
+    assert again.returncode == 0, again.stderr
+    assert hub.asked == []
+    assert again.stdout.partition(" tokens in")[0] == done.stdout.partition(" tokens in")[0]
+
+
+def test_a_published_model_that_cannot_be_had_is_one_line(hub, tmp_path, run_script):
+    unknown = run_script("sample.py", "hf:owner/unknown", env=hub_env(tmp_path, hub.server_port))
+    refused(unknown, "hf:owner/unknown", "404", "api/models/owner/unknown", "hf:FOLDER")
+    with socket.socket() as free:  # nobody listens there
+        free.bind(("127.0.0.1", 0))
+        nobody = run_script("sample.py", "hf:owner/tiny", env=hub_env(tmp_path, free.getsockname()[1]))
+    refused(nobody, "hf:owner/tiny", "Connection refused", "hf:FOLDER")
+
+
+def test_a_server_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub").constants
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setattr(hf, "PATIENCE", 0.1)
+        with pytest.raises(UserError, match="hf:owner/tiny is no folder here, and cannot be downloaded.*timed out"):
+            hf.find("hf:owner/tiny")
+
+
+# ---- the scripts
+
+
+def lengthened(folder, target, length):
+    """A copy that was trained at another length."""
+    return copy(folder, target, max_position_embeddings=length)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_greedy_text_is_theirs(tmp_path, bpe, call_script, model_type):
+    folder = save(tmp_path / "tiny", bpe, model_type)
+    encoding, prompt = hf.load_tokenizer(f"hf:{folder}"), "line 7 says that"
+    ids = encoding.encode_ordinary(prompt)
+    count = T - 1 - len(ids)
+    greedy = dict(do_sample=False, max_new_tokens=count, suppress_tokens=[0], pad_token_id=0)  # 0 ends a text
+    with torch.inference_mode():
+        found = oracle(folder).generate(torch.tensor([ids]), **greedy)[0].tolist()
+    assert len(set(found[len(ids) :])) > 5
+    done = call_script("sample.py", f"hf:{folder}", f"--prompt={prompt}", f"--tokens={count}", "--temperature=0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.partition(f"\n\n{count} tokens in")[0] == encoding.decode_bytes(found).decode(errors="replace")
+
+
+def test_what_is_put_before_a_text_is_read_and_not_printed(llama2, call_script):
+    done = call_script("sample.py", f"hf:{llama2}", "--prompt=line", "--tokens=3", "--samples=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[--- sample 1 ---]\n line") and "[--- sample 2 ---]\n line" in done.stdout
+    assert "<s>" not in done.stdout
+    begun = hf.load_tokenizer(f"hf:{llama2}").encode_ordinary("line")
+    assert f"{1 + len(begun)} - {3 + len(begun)} " in done.stdout  # <s> is a token of the prompt
+    empty = call_script("sample.py", f"hf:{llama2}", "--tokens=3")
+    assert empty.returncode == 0, empty.stderr
+    assert "1 - 3 " in empty.stdout  # <s> alone
+
+
+def test_a_published_model_is_evaluated(tmp_path, plain, bpe, llama2, corpus, call_script):
+    for folder in (plain["llama"], save(tmp_path / "gpt2", bpe, "gpt2"), llama2):
+        flags = [f"--data={corpus}", "--targets=2", "--train_length=16", f"--data_dir={tmp_path / 'data'}"]
+        done = call_script("evaluate.py", f"hf:{folder}", *flags, f"--out_dir={tmp_path / folder.name}")
+        assert done.returncode == 0, done.stderr
+        (result,) = json.loads((tmp_path / folder.name / "length.json").read_text())["runs"].values()
+        assert result["lengths"][:2] == [8, 16] and result["step"] == 0
+        assert all(0 < loss < 30 for loss in result["loss"])
+
+
+def test_a_published_model_is_tuned_to_twice_its_length_and_goes_on_after_a_stop(tmp_path, plain, corpus, call_script):
+    folder, out = lengthened(plain["llama"], tmp_path / "published", 16), tmp_path / "run"
+    settings = {key: value for key, value in TINY.items() if key not in ("n_layer", "n_embd", "train_length")}
+    settings |= {
+        "init_from": f"hf:{folder}", "posenc": 'rope(scaling="yarn", factor=2)', "train_length": 32, "text": corpus,
+        "data_dir": tmp_path / "data", "out_dir": out, "checkpoint_interval": 1000, "optimizer": "adamw",
+        "learning_rate": 1e-2,
+    }  # fmt: skip
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], env=ENV, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    stopped = runs.load(out)["step"]
+    assert 0 < stopped < settings["max_steps"]
+    done = call_script("train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").open()) if "loss" in line]
+    assert len(losses) == settings["max_steps"] and losses[-1] < losses[0] - 1
+    state = runs.load(out)
+    config = runs.config_of(state)
+    assert state["step"] == settings["max_steps"]
+    assert (config.train_length, config.original_length, config.tokenizer) == (32, 16, f"hf:{folder}")
+    assert posenc.parse(config.posenc) == (posenc.RoPE, {"base": 10000.0, "scaling": "yarn", "factor": 2})
+    done = call_script("evaluate.py", out, "--targets=2")
+    assert done.returncode == 0, done.stderr
+    cut(folder / "tokenizer.json")
+    refused(call_script("evaluate.py", out, "--targets=2"), f"{folder}/tokenizer.json is damaged")
