@@ -15,7 +15,6 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,12 +27,12 @@ from errors import UserError, run
 from model import GPT, GPTConfig, make_norm, require
 
 try:
-    import tokenizers
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
-    from tokenizers import decoders, models, pre_tokenizers
+
+    from data import tokenizer_json
 except ImportError:  # an extra, requirements-hf.txt
-    tokenizers = None
+    tokenizer_json = None
 
 PREFIX = "hf:"
 PATIENCE = 10  # seconds for the first answer of the server
@@ -107,7 +106,7 @@ def read_rope(cfg, base="rope_theta", share="partial_rotary_factor", usual_share
         if over and under:
             over, under = (0.1 * scale * math.log(given["factor"]) + 1 for scale in (over, under))
             given.setdefault("attention_factor", over / under)
-    for key in given.keys() - set(keys):
+    for key in sorted(given.keys() - set(keys)):
         unsupported(f"rope_scaling: {key}", given[key])
     require("factor" in given or kind in ("default", "proportional"), f"rope_scaling of type {kind} lacks factor")
     if scaling != "none" and (scaling, given.get("factor", 1)) != ("linear", 1):
@@ -427,7 +426,7 @@ def load(name):
         config = Config(**settings_of(cfg), tokenizer=place)
     except (UserError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
-    encoding = Tokenizer(folder, cfg)
+    encoding = tokenizer_json.Tokenizer(folder / TOKENIZER, cfg.get("eos_token_id"))
     if encoding.n_vocab > config.vocab_size:
         raise UserError(
             f"{folder / TOKENIZER} has {encoding.n_vocab} tokens, and config.json's vocab_size is {config.vocab_size}: "
@@ -458,7 +457,7 @@ def is_folder(name):
 
 def find(name):
     """hf:FOLDER or hf:OWNER/NAME -> the folder, downloaded if need be; UserError says what to do instead."""
-    if tokenizers is None:
+    if tokenizer_json is None:
         raise UserError(f"{name}: published models take more packages: pip install -r requirements-hf.txt")
     place = name.removeprefix(PREFIX)
     if is_folder(name):
@@ -488,76 +487,9 @@ def download(name):
         ) from None
 
 
-def byte_characters():
-    """The character that stands for each of the 256 bytes in GPT-2's vocabulary files: itself where it can be seen,
-    else the next one from 256 on (Radford et al. 2019, encoder.py)."""
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = iter(range(256, 512))
-    return [chr(byte if byte in seen else next(hidden)) for byte in range(256)]
-
-
-class Tokenizer:
-    """A tokenizer.json, asked as a tiktoken.Encoding is. `begin`: the ids that a text starts with."""
-
-    def __init__(self, folder, cfg):
-        path = folder / TOKENIZER
-        if not path.exists():
-            raise UserError(f"{folder} has no {TOKENIZER}; save one there with transformers: tokenizer.save_pretrained")
-        try:
-            self.inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # it raises nothing narrower
-            raise UserError(f"{path} is damaged ({error}); download it again") from None
-        self.inner.encode_special_tokens = True  # text that looks like a special token is text
-        self.inner.no_truncation()
-        self.inner.no_padding()
-        some = self.inner.encode("a")  # and what is put around it
-        self.begin = some.ids[: [*some.special_tokens_mask, 0].index(0)]
-        self.name = folder.name
-        decoder = json.dumps(json.loads(self.inner.to_str())["decoder"])
-        if "ByteLevel" not in decoder and "Metaspace" not in decoder and "ByteFallback" not in decoder:
-            raise UserError(f"{path}: its decoder is not supported; those of bytes and of sentencepiece are")
-        added = self.inner.get_added_tokens_decoder()
-        self.special = {token.content: id for id, token in added.items() if token.special}
-        vocabulary = self.inner.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise UserError(f"{path} has no tokens; download it again")
-        self.n_vocab = max(vocabulary.values()) + 1
-        self.bytes = [b""] * self.n_vocab
-        of_character = {character: byte for byte, character in enumerate(byte_characters())}
-        for text, id in vocabulary.items():
-            if id in added:
-                self.bytes[id] = text.encode()
-            elif "ByteLevel" in decoder and of_character.keys() >= set(text):
-                self.bytes[id] = bytes(of_character[character] for character in text)
-            elif re.fullmatch("<0x[0-9A-F]{2}>", text):
-                self.bytes[id] = bytes([int(text[3:5], 16)])
-            else:
-                self.bytes[id] = text.replace("\u2581", " ").encode()
-        ends = cfg.get("eos_token_id")
-        self.eot_token = ends[0] if isinstance(ends, list) and ends else ends
-        if self.eot_token not in range(self.n_vocab):
-            raise UserError(f"{folder / 'config.json'}: eos_token_id={ends} is no id of {TOKENIZER}")
-
-    @property
-    def special_tokens_set(self):
-        return set(self.special)
-
-    def encode_ordinary(self, text):
-        return self.inner.encode(text, add_special_tokens=False).ids
-
-    def encode_single_token(self, text):
-        return self.inner.token_to_id(text)
-
-    def decode_single_token_bytes(self, token):
-        return self.bytes[token]
-
-    def decode_bytes(self, tokens):
-        return b"".join(self.bytes[token] for token in tokens)
-
-
 def load_tokenizer(name):
     folder = find(name)
-    return Tokenizer(folder, read_json(folder / "config.json"))
+    return tokenizer_json.Tokenizer(folder / TOKENIZER, read_json(folder / "config.json").get("eos_token_id"))
 
 
 # And out. What a family cannot say, other weights can, for some settings: each value's model is the next one's too.
@@ -672,48 +604,6 @@ def their_weights(model, kind, written):
     return state
 
 
-def merges(ranks):
-    """{bytes: id} in the order learned -> the pairs that make the tokens: the two parts that earlier merges make of a
-    token. Where they leave more, it is met as a whole word alone."""
-    found = []
-    for token, rank in ranks.items():
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            ranked = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
-            lowest, i = min(ranked)
-            if lowest >= rank:
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            found.append(tuple(parts))
-    return found
-
-
-def dialect(pattern):
-    """tiktoken's regular expression in Oniguruma's syntax, where $ ends lines too and {1,3}+ is a repetition."""
-    return pattern.replace("}+", "}").replace("$", r"\z")
-
-
-def inner_tokenizer(encoding):
-    """A tokenizer's tokenizers.Tokenizer, with the same ids."""
-    if hasattr(encoding, "inner"):  # `Tokenizer`, which has it from such a folder
-        return encoding.inner
-    special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
-    ranks = {text: id for id, text in enumerate(tokenizer.token_bytes(encoding)) if text}
-    character = byte_characters()
-    write = lambda text: "".join(character[byte] for byte in text)  # noqa: E731
-    pairs = [tuple(map(write, pair)) for pair in merges(ranks)]
-    made = tokenizers.Tokenizer(
-        models.BPE({write(text): id for text, id in ranks.items()} | special, pairs, ignore_merges=bool(pairs))
-    )
-    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = [pre_tokenizers.Split(tokenizers.Regex(dialect(encoding._pat_str)), "isolated")] if pairs else []
-    made.pre_tokenizer = pre_tokenizers.Sequence([*words, in_bytes])
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
-    return made
-
-
 @dataclass
 class Options:
     usage: ClassVar[str] = "python hf.py RUN FOLDER [--posenc=...]"
@@ -731,12 +621,12 @@ def main(argv):
     folder = Path(paths[1]).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; name a new folder")
-    if tokenizers is None:
+    if tokenizer_json is None:
         raise UserError("writing a Hugging Face folder takes more packages: pip install -r requirements-hf.txt")
     opened = runs.open_run(paths[0], override=options.posenc)
     kind, cfg = choose(opened.config)
     written = GPTConfig(**settings_of(cfg))
-    inner, end = inner_tokenizer(opened.encoding), opened.encoding.eot_token
+    inner, end = tokenizer_json.inner(opened.encoding), opened.encoding.eot_token
     ends = {"bos_token": (tokenizer.begin(opened.encoding) or [end])[0], "eos_token": end}
     cfg |= {f"{key}_id": id for key, id in ends.items()} | {"pad_token_id": None, "torch_dtype": "float32"}
     about = {key: inner.id_to_token(id) for key, id in ends.items()}

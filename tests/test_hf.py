@@ -505,7 +505,7 @@ def test_a_published_model_named_as_a_run_is_told_its_name(plain, call_script):
 
 
 def test_without_the_extra_packages_a_line_says_how_to_get_them(plain, call_script, monkeypatch):
-    monkeypatch.setattr(hf, "tokenizers", None)
+    monkeypatch.setattr(hf, "tokenizer_json", None)
     refused(call_script("sample.py", f"hf:{plain['llama']}"), "pip install -r requirements-hf.txt")
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 WHY = "needs the extra: pip install -r requirements-hf.txt"
 transformers = pytest.importorskip("transformers", reason=WHY)
 pytest.importorskip("safetensors", reason=WHY)
@@ -24,7 +22,7 @@ from tiny import ENV, ROOT
 import hf
 import runs
 from configs import Config, make, read
-from data import bpe, tokenizer
+from data import bpe, tokenizer, tokenizer_json
 
 T = 16
 SMALL = dict(train_length=T, n_layer=2, n_embd=32, n_head=2)
@@ -170,10 +168,10 @@ PATTERNS = {  # as tiktoken writes them
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_of_other_vocabularies(name):
-    ranks = bpe.train(TEXTS, 900, pattern=hf.dialect(PATTERNS[name]).replace(r"\z", r"\Z"))
+    ranks = bpe.train(TEXTS, 900, pattern=tokenizer_json.dialect(PATTERNS[name]).replace(r"\z", r"\Z"))
     special = {"<|endoftext|>": len(ranks) + 1, "<|other|>": len(ranks) + 4}  # ids with gaps
     encoding = tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special)
-    inner = hf.inner_tokenizer(encoding)
+    inner = tokenizer_json.inner(encoding)
     for text in TEXTS:
         assert inner.encode(text).ids == encoding.encode_ordinary(text)
     assert {text: inner.token_to_id(text) for text in special} == special
@@ -181,7 +179,7 @@ def test_patterns_of_other_vocabularies(name):
 
 def test_merges_are_those_that_were_learned():
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"bc": 257, b"abc": 258, b"xyz": 259}
-    assert hf.merges(ranks) == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c")]  # and xyz is whole words alone
+    assert tokenizer_json.merges(ranks) == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c")]  # and xyz is whole words alone
 
 
 @pytest.mark.parametrize("settings", [dict(bias="qkv"), {}])
@@ -292,7 +290,7 @@ def test_help(call_script):
 
 
 def test_without_the_extra_it_says_what_to_install(trained, call_script, monkeypatch):
-    monkeypatch.setattr(hf, "tokenizers", None)
+    monkeypatch.setattr(hf, "tokenizer_json", None)
     done = call_script("hf.py", trained, "there")
     assert done.returncode == 2
     assert done.stderr.endswith("pip install -r requirements-hf.txt\n")
