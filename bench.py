@@ -41,7 +41,7 @@ import runs
 from configs import Config
 from data import tokenizer
 from errors import UserError, run
-from model import Cache, generate, require
+from model import Cache, generate, pieces, require
 from posenc import ENCODINGS, nearest
 
 LONG = 16  # the long context, in training lengths
@@ -124,7 +124,7 @@ def decoder(config, device, context, count, window=None):
     tokens = torch.randint(config.vocab_size, (1, context), device=device.device)
     cache = Cache(window, total=context + count)
     with torch.inference_mode(), device.autocast():
-        for part in tokens.split(512, dim=1):
+        for part in pieces(tokens, cache):
             model(part, cache=cache, last=1)
 
     @torch.inference_mode()

@@ -255,19 +255,22 @@ def lies_over(state, spec):
 def before_training(workers, out, bases, every, T, checksum, *flags):
     """{title: function that measures}: the runs that others go on from, as they are, under a window, and with every
     encoding that goes on from them laid over, untrained, if it has no weights of its own. bases: {path: checkpoint};
-    those of another corpus are left out."""
-    jobs = {}
-    for base, state in bases.items():
-        if state["data_checksum"] != checksum:
+    those of another corpus are left out, and published models where --data cannot name this one."""
+    jobs, first = {}, every[0][1]
+    for name, (base, state) in zip(runs.names(list(bases)), bases.items(), strict=True):
+        published = "data_checksum" not in state
+        if published and (first.packages or first.shards > 1 or not isinstance(first.text, str)):
             continue
-        name = Path(base).name if len({Path(path).name for path in bases}) == len(bases) else base
-        ways = {f"{name} as it is": []}
+        if state.get("data_checksum", checksum) != checksum:
+            continue
+        data_flag = [f"--data={first.text or first.dataset}"] if published else []
+        ways = {f"{name} as it is": data_flag}
         if state["config"]["dataset"] not in tasks.TASKS:
-            ways[f"{name} under a window of T"] = [f"--window={T}", f"--sinks={SINKS}"]
+            ways[f"{name} under a window of T"] = [*data_flag, f"--window={T}", f"--sinks={SINKS}"]
         for one, config in every:
             another = config.init_from == base and config.posenc != state["config"]["posenc"]
             if another and lies_over(state, config.posenc):
-                ways[f"{one.name}, untrained"] = [f"--posenc={config.posenc}"]
+                ways[f"{one.name}, untrained"] = [*data_flag, f"--posenc={config.posenc}"]
         for title, more in ways.items():
             folder = out / "untrained" / report.slug(title)
             jobs[title] = functools.partial(

@@ -64,9 +64,10 @@ class Device:
         """Put a model there that is not going to be trained. Its layers' weights take the dtype of products once, which
         `autocast` would convert in every call."""
         model.to(self.device)
-        layers = [module for module in (*model.blocks.modules(), model.head) if isinstance(module, torch.nn.Linear)]
-        for layer in layers if model.head.weight is not model.token.weight else layers[:-1]:
-            layer.to(self.dtype)
+        model.head.weight = torch.nn.Parameter(model.head.weight.detach())  # tied no more: embeddings stay as they are
+        for module in (*model.blocks.modules(), model.head):
+            if isinstance(module, torch.nn.Linear):
+                module.to(self.dtype)
 
     def synchronize(self):
         if self.device.type != "cpu":

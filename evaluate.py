@@ -37,12 +37,10 @@ import runs
 from configs import Dtype, flags, make
 from data import tasks, tokenizer
 from errors import UserError, run
-from model import Cache, require
+from model import PIECE, WHOLE, Cache, pieces, require
 
 MULTIPLES = (0.5, 1, 1.1, 1.25, 1.5, 2, 4, 8, 16)  # of the training length
 HOLDS = 1.05  # a length holds while its perplexity is at most so many times that at T
-CHUNK = 1 << 14  # tokens that enter the cache at once, and that windows computed together have
-SCORED = 512  # tokens whose logits are computed at once
 
 
 @torch.inference_mode()
@@ -89,9 +87,9 @@ def token_losses(model, ids, scored, device, **reading):
     ids, cache, losses = ids.to(device.device), Cache(total=ids.shape[1] - 1, **reading), []
     context, inputs, targets = ids[:, : -scored - 1], ids[:, -scored - 1 : -1], ids[:, -scored:]
     with device.autocast():
-        for part in context.split(CHUNK, dim=1) if context.shape[1] else ():
+        for part in pieces(context, cache):
             model(part, cache=cache, last=1)
-        for x, y in zip(inputs.split(SCORED, dim=1), targets.split(SCORED, dim=1), strict=True):
+        for x, y in zip(inputs.split(PIECE, dim=1), targets.split(PIECE, dim=1), strict=True):
             losses.append(model(x, y, cache=cache))
     return torch.cat(losses, dim=1).cpu()
 
@@ -109,12 +107,12 @@ def windowed_losses(model, ids, length, stride, device, **reading):
 
 def at_once(model, length):
     """Windows of so many tokens that are computed together: what their activations and logits leave room for."""
-    return max(1, min(CHUNK, (1 << 28) // model.config.vocab_size) // length)
+    return max(1, min(WHOLE, (1 << 28) // model.config.vocab_size) // length)
 
 
 def scored_at(T, multiples=MULTIPLES):
     """Targets of a window: the last T/4 tokens, and at most half of the shortest context."""
-    return max(1, min(T // 4, int(T * min(multiples)) // 2))
+    return max(1, min(T // 4, round(T * min(multiples)) // 2))
 
 
 def reach(model, T, available, multiples=MULTIPLES):
@@ -217,12 +215,15 @@ def measure(model, dataset, encoding, device, count, T=0, lengths=(), **reading)
     loss of the same targets at these lengths alone; or, for a task, `summary`."""
     T = T or model.config.train_length
     if dataset.masks:
-        if model.config.train_length != T or any(reading.values()):
-            raise UserError("tasks are read as they were trained: leave out --train_length, --window and --log_n")
+        if model.config.train_length != T or lengths or any(reading.values()):
+            what = "--train_length, --lengths, --window and --log_n"
+            raise UserError(f"tasks are read as they were trained: leave out {what}")
         return summary(model, dataset, device, count)
     if lengths:
         if lengths[-1] >= len(dataset.val):
             raise UserError(f"--lengths: {lengths[-1]} tokens exceed the text, which has {len(dataset.val)}")
+        if lengths[0] > model.max_length:
+            raise UserError(f"--lengths: {model.too_long(lengths[0])}")
         return length_loss(model, dataset, device, count, [length / T for length in lengths], T, **reading)
     result = length_loss(model, dataset, device, count, T=T, **reading)
     few = max(1, count // 8)  # each of them has 64 times as many tokens as a window has targets
@@ -347,7 +348,7 @@ class Options:
     repeats: ClassVar[tuple] = ("posenc",)
 
     targets: int = 128  # windows scored at every length
-    lengths: list = field(default_factory=list)  # tokens of context: measure the same targets there, and nothing else
+    lengths: int | list = field(default_factory=list)  # tokens of context: the same targets there, and nothing else
     posenc: str | list = ""  # arguments for the runs' encoding, or another, at test time; several to compare them
     window: int = 0  # attend to the last WINDOW tokens alone; 0 means to all
     sinks: int = 0  # with a window, keep the first SINKS tokens in sight too
@@ -367,6 +368,7 @@ class Options:
         for key in ("window", "sinks", "train_length"):
             require(getattr(self, key) >= 0, f"--{key} must not be negative")
         require(self.window or not self.sinks, "--sinks needs a --window")
+        self.lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths
         ascending = all(type(x) is int and x > 1 for x in self.lengths) and self.lengths == sorted(set(self.lengths))
         require(ascending, f"--lengths={self.lengths} must rise, as in --lengths='[1024, 2048, 4096]'")
         require(not (self.lengths and self.frequencies), "--frequencies and --lengths exclude each other")
@@ -405,9 +407,8 @@ def measured(opened_runs, datasets, device, options):
     """Measure the runs -> ({name: result}, lines of all tables)."""
     results = {}
     for name, opened in opened_runs.items():
-        known = {"step": opened.step, "posenc": opened.config.posenc}
-        if opened.data_checksum:
-            known["data_checksum"] = opened.data_checksum
+        checksum = opened.data_checksum or datasets[name].meta["data_checksum"]
+        known = {"step": opened.step, "posenc": opened.config.posenc, "data_checksum": checksum}
         results[name] = known | measure(
             opened.model, datasets[name], opened.encoding, device, options.targets, options.train_length,
             options.lengths, window=options.window or None, sinks=options.sinks, log_n=options.log_n,
@@ -433,15 +434,13 @@ def main(argv):
         raise UserError(f"which runs? usage: {Options.usage}")
     if options.frequencies and not options.out_dir:
         raise UserError("--frequencies draws pictures: name a folder for them, --out_dir=out/frequencies say")
-    names = [Path(path).name for path in paths]
-    names = names if len(set(names)) == len(names) else paths
     overrides = list(map(str, options.posenc)) or [""]
     # All of them first: a mistake comes before the work.
     opened_runs = {}
-    for name, path in zip(names, paths, strict=True):
+    for name, path in zip(runs.names(paths), paths, strict=True):
         ways = [name] if len(overrides) == 1 else [f"{name}: {way}" if paths[1:] else way for way in overrides]
         opened_runs |= zip(ways, runs.open_runs(path, options.posenc or [""]), strict=True)
-    if len({opened.config.tokenizer for opened in opened_runs.values()}) > 1:
+    if len({tokenizer.fingerprint(opened.encoding) for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
     if options.frequencies:
         for key in ("train_length", "window", "log_n"):

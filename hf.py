@@ -1,7 +1,7 @@
 """Published checkpoints in, ours out: Hugging Face folders of config.json, safetensors and tokenizer.json.
 
     python sample.py hf:FOLDER            or hf:OWNER/NAME, which is downloaded: wherever a run can be named
-    python hf.py out/rope FOLDER          writes a finished run as such a folder, which `transformers` loads
+    python export.py out/rope FOLDER      a finished run as such a folder
 
 FAMILIES maps the names that their files use to ours. What a config.json asks for and this model does not compute is an
 error that names the key, and so is a tensor that has no place in it.
@@ -12,23 +12,20 @@ import functools
 import json
 import math
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
 import posenc
-from configs import Config, convert, flags, make
+from configs import Config, convert
 from data import tokenizer
-from errors import UserError, run
-from model import GPT, GPTConfig, make_norm, require
+from errors import UserError
+from model import GPT, require
 
 try:
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
 
     from data import tokenizer_json
 except ImportError:  # an extra, requirements-hf.txt
@@ -88,11 +85,12 @@ def read_rope(cfg, base="rope_theta", share="partial_rotary_factor", usual_share
     if kind not in SCALINGS:
         unsupported("rope_type", kind)
     scaling, keys = SCALINGS[kind]
+    given.pop("finetuned", None)  # of YaRN's authors, who say nothing with it
     head_dim, longest = cfg["hidden_size"] // cfg["num_attention_heads"], cfg["max_position_embeddings"]
-    original = given.pop("original_max_position_embeddings", longest)
+    original = given.pop("original_max_position_embeddings", longest) or longest
     original = (cfg.get("original_max_position_embeddings") or original) if kind in FROM_ORIGINAL else longest
-    arguments = {"base": float(given.pop("rope_theta", cfg.get(base, 10000.0)))}
-    turned = float(given.pop("partial_rotary_factor", cfg.get(share, usual_share)))
+    arguments = {"base": float(given.pop("rope_theta", cfg.get(base) or 10000.0))}
+    turned = float(given.pop("partial_rotary_factor", cfg.get(share) or usual_share))
     if kind == "proportional":
         arguments["fraction"] = turned
     elif turned != 1 and usual_share == 1:  # they read the share of these families for that kind alone
@@ -141,7 +139,10 @@ def write_rope(config, base="rope_theta", share="partial_rotary_factor", usual_s
     return cfg if kind == "default" else cfg | {"rope_scaling": {"rope_type": kind} | given}
 
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
+ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "relu2": "relu2",
+}  # fmt: skip
 
 
 def read_activation(cfg, key, usual):
@@ -189,7 +190,7 @@ LLAMA = Family(
         norm="rmsnorm", norm_affine=True, norm_eps=1e-6, activation="swiglu", embed_norm=False, n_kv_head=0,
         tie_embeddings=False,
     ),
-    only={"hidden_act": "silu", "partial_rotary_factor": 1.0},
+    only={"hidden_act": "silu"},
     read=read_llama,
     write=write_llama,
     modules={
@@ -348,7 +349,7 @@ def theirs(family, name):
     return [f"{one.format(layer[0] if layer else '')}.{leaf}" for one in found]
 
 
-def turned(family, name, tensor, n_head, back=False):
+def relaid(family, name, tensor, n_head, back=False):
     """One of their tensors in our layout, or `back` in theirs."""
     if family.transposed and name.startswith("blocks.") and tensor.dim() == 2:
         return tensor.T.contiguous()
@@ -403,12 +404,12 @@ def weights(folder, cfg, config):
         used.update(names)
         if any(part.dtype not in FLOATS for part in parts):
             raise UserError(f"{folder}: {names[0]} is of {parts[0].dtype}, and quantised weights are not supported")
-        asked = list(turned(family, name, empty, config.n_head, back=True).shape)
+        asked = list(relaid(family, name, empty, config.n_head, back=True).shape)
         rows = sum(part.shape[:1].numel() for part in parts)
         if any([rows, *part.shape[1:]] != asked or part.dim() == 0 for part in parts):
             shapes = ", ".join(f"{one} is {list(part.shape)}" for one, part in zip(names, parts, strict=True))
             raise UserError(f"{folder}: {shapes}, and config.json asks for {asked}: they do not belong together")
-        state[name] = turned(family, name, torch.cat(parts) if parts[1:] else parts[0], config.n_head).float()
+        state[name] = relaid(family, name, torch.cat(parts) if parts[1:] else parts[0], config.n_head).float()
     for name in sorted(stored.files.keys() - used):
         tied = config.tie_embeddings and [name] == theirs(family, "head.weight")
         tied = tied and torch.equal(stored.read(name).float(), state["token.weight"])
@@ -463,7 +464,8 @@ def find(name):
     if is_folder(name):
         return Path(place).expanduser()
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place):
-        raise UserError(f"{name}: there is no folder {place}; name one with {', '.join(FILES)}, or OWNER/NAME")
+        known = ", ".join(FILES)
+        raise UserError(f"{name} is no folder; name one with {known}, or OWNER/NAME, as hf:openai-community/gpt2")
     return download(name)
 
 
@@ -490,164 +492,3 @@ def download(name):
 def load_tokenizer(name):
     folder = find(name)
     return tokenizer_json.Tokenizer(folder / TOKENIZER, read_json(folder / "config.json").get("eos_token_id"))
-
-
-# And out. What a family cannot say, other weights can, for some settings: each value's model is the next one's too.
-ABSORBED = {
-    "norm_affine": (False, True),  # with weights of one
-    "bias": (False, "qkv", "attention", True),  # of zeros
-    "embed_norm": (True, False),  # of embeddings that are normalised already
-    "tie_embeddings": (True, False),  # with the head written out
-}
-TRAINING = ("train_length", "original_length", "init_std", "zero_init", "dropout")  # or of `posenc` alone
-
-
-def explicit(config):
-    """The GPTConfig with every setting spelled out, and in one way: settings for the same model are equal."""
-    return dataclasses.replace(
-        config, posenc=plain_posenc(config), n_kv_head=config.kv_heads, n_hidden=config.hidden,
-        norm_eps=make_norm(config).eps,
-    )  # fmt: skip
-
-
-def plain_posenc(config):
-    """Its posenc with all arguments that do something. ntk is another base, linear by 1 is nothing, and none is
-    a rope that turns no pair."""
-    if not isinstance(config.posenc, str):
-        return config.posenc
-    (cls, arguments), head_dim = posenc.parse(config.posenc), config.sizes["head_dim"]
-    if cls is posenc.NoPE and head_dim % 2 == 0:
-        cls, arguments = posenc.RoPE, {"fraction": 0.0}
-    arguments = cls.checked(arguments)
-    if cls is posenc.RoPE:
-        dims, factor, scaling = arguments["dims"] or head_dim, arguments["factor"], arguments["scaling"]
-        if scaling == "ntk":
-            arguments |= {"base": arguments["base"] * factor ** (dims / (dims - 2)), "scaling": "none"}
-        elif scaling == "linear" and factor == 1:
-            arguments |= {"scaling": "none"}
-        keys = next(keys for ours, keys in SCALINGS.values() if ours == arguments["scaling"])
-        arguments = {key: arguments[key] for key in ("base", "fraction", "scaling", *keys)} | {"dims": dims}
-    elif cls is posenc.ALiBi and config.n_head.bit_count() == 1:
-        arguments = {}  # both rules give the same slopes
-    elif cls is posenc.Learned and arguments["overflow"] != "interpolate":
-        arguments = {"overflow": arguments["overflow"]}
-    said = {key: float(value) if type(value) is int and key != "dims" else value for key, value in arguments.items()}
-    return f"{cls.name}({', '.join(f'{key}={value!r}' for key, value in said.items())})"
-
-
-def config_json(config, kind):
-    """An explicit config -> what a config.json of that family can say of it."""
-    family = FAMILIES[kind]
-    keys = {names.partition("|")[0]: getattr(config, ours) for ours, names in family.keys.items()}
-    return {"model_type": kind, "architectures": [family.architecture]} | keys | family.write(config)
-
-
-def compare(config, kind):
-    """(obstacles, absorbed): the settings that this family reads back as another model's, and of those that other
-    weights make up for. None where its encoding does not even fit the heads."""
-    try:
-        read = explicit(GPTConfig(**settings_of(config_json(config, kind))))
-    except ValueError:
-        return None
-    obstacles, absorbed = [], []
-    for key in (field.name for field in dataclasses.fields(GPTConfig) if field.name not in TRAINING):
-        pair = getattr(config, key), getattr(read, key)
-        if pair[0] != pair[1]:
-            order = ABSORBED.get(key, ())
-            fits = all(value in order for value in pair) and order.index(pair[0]) < order.index(pair[1])
-            (absorbed if fits else obstacles).append(key)
-    return obstacles, absorbed
-
-
-def choose(config):
-    """The family that says most of a config, and its config.json. UserError names the settings in its way."""
-    try:
-        said = explicit(config)
-    except (ValueError, ArithmeticError) as error:  # a base beyond all numbers
-        raise UserError(f"posenc={config.posenc!r} cannot be written: {error}") from None
-    # Of a qwen2 folder, transformers 5 splits text by Qwen2's own rule, whatever tokenizer.json says: llama will do.
-    kinds = [kind for kind in FAMILIES if kind != "qwen2" or config.tokenizer.startswith(PREFIX)]
-    found = {kind: pair for kind in kinds if (pair := compare(said, kind)) is not None}
-    kind = min(found, key=lambda kind: [len(names) for names in found[kind]])
-    obstacles, absorbed = found[kind]
-    if obstacles:
-        what = ", ".join(f"{key}={getattr(config, key)!r}" for key in obstacles)
-        raise UserError(f"no published family has models with these settings; the nearest is {kind}, but for {what}")
-    if "embed_norm" in absorbed:
-        said = dataclasses.replace(said, tie_embeddings=False)  # the head did not meet the norm
-    return kind, config_json(said, kind)
-
-
-def split(tensor, name, count, config):
-    """One of our tensors -> those that it stacks."""
-    if count == 1:
-        return [tensor]
-    heads = [config.n_head, config.kv_heads, config.kv_heads]
-    width = config.n_embd // config.n_head
-    return tensor.split([width * n for n in heads] if ".attn.qkv." in name else len(tensor) // count)
-
-
-@torch.no_grad()
-def their_weights(model, kind, written):
-    """{their name: tensor}, of a model whose settings are written where its own differ by ABSORBED alone."""
-    family, ours, config, state = FAMILIES[kind], model.state_dict(), model.config, {}
-    for name, empty in skeleton(written).items():
-        if name == "head.weight" and written.tie_embeddings:
-            continue
-        usual = torch.zeros if name.endswith("bias") else torch.ones  # where we have none
-        tensor = ours[name].float() if name in ours else usual(empty.shape)
-        if config.embed_norm and not written.embed_norm and name.startswith(("token.", "posenc.")):
-            tensor = model.token_norm(tensor)
-        tensor, names = turned(family, name, tensor, config.n_head, back=True), theirs(family, name)
-        for one, part in zip(names, split(tensor, name, len(names), config), strict=True):
-            state[one if name.startswith("head.") else family.prefix + one] = part.clone()  # no two share memory
-    return state
-
-
-@dataclass
-class Options:
-    usage: ClassVar[str] = "python hf.py RUN FOLDER [--posenc=...]"
-
-    posenc: str | list = ""  # arguments for the run's encoding, such as a scaling, to be written with it
-
-
-def main(argv):
-    import runs  # here, as it imports this module
-
-    paths, given = flags(argv, Options)
-    options = make(Options, given)
-    if len(paths) != 2:
-        raise UserError(f"name a run and a folder to write; usage: {Options.usage}")
-    folder = Path(paths[1]).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} holds something already; name a new folder")
-    if tokenizer_json is None:
-        raise UserError("writing a Hugging Face folder takes more packages: pip install -r requirements-hf.txt")
-    opened = runs.open_run(paths[0], override=options.posenc)
-    kind, cfg = choose(opened.config)
-    written = GPTConfig(**settings_of(cfg))
-    inner, end = tokenizer_json.inner(opened.encoding), opened.encoding.eot_token
-    ends = {"bos_token": (tokenizer.begin(opened.encoding) or [end])[0], "eos_token": end}
-    cfg |= {f"{key}_id": id for key, id in ends.items()} | {"pad_token_id": None, "torch_dtype": "float32"}
-    about = {key: inner.id_to_token(id) for key, id in ends.items()}
-    about |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": written.train_length}
-    about |= {"clean_up_tokenization_spaces": False}
-
-    part = Path(f"{folder.resolve()}.part")  # renamed when whole; what a kill left there is written anew
-    part.mkdir(parents=True, exist_ok=True)
-    (part / TOKENIZER).write_text(inner.to_str(pretty=True))
-    runs.write_json(part / "tokenizer_config.json", about)
-    runs.write_json(part / "config.json", cfg)
-    try:
-        save_file(their_weights(opened.model, kind, written), part / WEIGHTS, {"format": "pt"})
-    except SafetensorError as error:  # of the disk too
-        raise UserError(f"{part / WEIGHTS} cannot be written: {error}") from None
-    if folder.exists():
-        folder.rmdir()
-    part.rename(folder)
-    print(f"{folder}: {cfg['architectures'][0]}, for AutoModelForCausalLM and AutoTokenizer.from_pretrained")
-    print("next:", shlex.join(["python", "sample.py", f"{PREFIX}{folder}", "--prompt=..."]))
-
-
-if __name__ == "__main__":
-    run(main)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import report
 from errors import UserError
-from model import Cache, GPTConfig, visible
+from model import Cache, GPTConfig, pieces, visible
 from posenc import Randomized, RoPE
 
 # Of attention weights: what `attention` averages.
@@ -48,7 +48,7 @@ def weights(encoding, q, k, q_pos, k_pos, seen, state):
         return logits.masked_fill(~seen, -math.inf).softmax(-1), seen
 
 
-def spread(model, tokens, last, device, chunk):
+def spread(model, tokens, last, device):
     """tokens (B, L) -> (len(SPREAD), n_layer), sums over the last so many queries of every sequence and the heads."""
     total = torch.zeros(len(SPREAD), model.config.n_layer, dtype=torch.float64)
 
@@ -58,7 +58,7 @@ def spread(model, tokens, last, device, chunk):
 
     cache, context, asked = Cache(total=tokens.shape[1]), *tokens.tensor_split([tokens.shape[1] - last], dim=1)
     with device.autocast():
-        for part in context.split(chunk, dim=1) if context.shape[1] else ():
+        for part in pieces(context, cache):
             model(part, cache=cache, last=1)
         for part in asked.split(32, dim=1):  # few queries, whose weights are held for all keys
             model(part, cache=cache, last=1, watch=watch)
@@ -66,7 +66,7 @@ def spread(model, tokens, last, device, chunk):
 
 
 @torch.inference_mode()
-def attention(model, windows, device, lengths, chunk=512, budget=1 << 12, T=0):
+def attention(model, windows, device, lengths, budget=1 << 12, T=0):
     """Where the last T/4 queries of L tokens look, for every length L that the encoding has positions for. T is the
     model's own unless given.
 
@@ -85,7 +85,7 @@ def attention(model, windows, device, lengths, chunk=512, budget=1 << 12, T=0):
         for length in reached:
             last, total = min(wanted, length), 0.0
             for rows in windows[:, -length - 1 : -1].split(max(1, budget // length)):
-                total = total + spread(model, rows.to(device.device), last, device, chunk)
+                total = total + spread(model, rows.to(device.device), last, device)
                 bar.update(rows.numel())
             for name, sums in zip(SPREAD, total / (len(windows) * last * model.config.n_head), strict=True):
                 by_layer[name].append(sums.tolist())

@@ -22,6 +22,7 @@ import device as devices
 import posenc
 
 CHUNK = 256  # queries whose logits are computed at once; in longer windows, gradients compute them anew
+WHOLE, PIECE = 1 << 14, 512  # tokens that enter an empty cache at once, and one that holds some
 BLOCK = 128  # queries, and keys, that flex_attention skips or masks together
 
 
@@ -127,7 +128,8 @@ class Cache:
         for name, x in new.items():
             old = held.get(name)
             if old is None or old.shape[2] < self.length:
-                held[name] = x.new_empty(*x.shape[:2], max(64, 2 * self.length), x.shape[3])
+                room = min(2 * self.length, max(self.length, self.total)) if self.total else 2 * self.length
+                held[name] = x.new_empty(*x.shape[:2], max(64, room), x.shape[3])
                 if old is not None:
                     held[name][:, :, : old.shape[2]] = old
             held[name][:, :, self.length - self.new : self.length] = x
@@ -140,6 +142,14 @@ class Cache:
                 x[:, :, self.sinks : self.length - count] = x[:, :, self.sinks + count : self.length].clone()
         self.pos = torch.cat((self.pos[: self.sinks], self.pos[self.sinks + count :]))
         self.length -= count
+
+
+def pieces(tokens, cache):
+    """tokens (B, T) in the parts in which they best enter a cache: many where it is empty and has no window, as fused
+    attention then needs no mask; and few, whose masks (T, S) are small, where not."""
+    first = PIECE if cache.length or cache.window else max(PIECE, WHOLE // len(tokens))
+    parts = tokens[:, :first], *tokens[:, first:].split(PIECE, dim=1)
+    return [part for part in parts if part.shape[1]]
 
 
 class Slots(Cache):
@@ -206,9 +216,9 @@ class Call:
 
 def visible(q_pos, k_pos, window=None, sinks=0):
     """(T,), (S,) -> (T, S) bool: keys no later than their query and, with a window W, either n < W or a sink."""
-    n = q_pos[:, None] - k_pos
-    seen = n >= 0
-    return seen if window is None else seen & ((n < window) | (k_pos < sinks))
+    q_pos = q_pos[:, None]  # compared and not subtracted: differences would be eight bytes for every pair
+    seen = k_pos <= q_pos
+    return seen if window is None else seen & ((k_pos > q_pos - window) | (k_pos < sinks))
 
 
 def kernel(encoding, q, seen, sunk, keys, dropout):
@@ -607,15 +617,14 @@ def draw(logits, temperature, top_k, top_p, generator):
 @torch.inference_mode()
 def generate(
     model, tokens, count, *, temperature=1.0, top_k=0, top_p=1.0, seed=0, window=None, sinks=0, log_n=False, crop=None,
-    forbidden=(), chunk=8192, compiled=None,
+    forbidden=(), compiled=None,
 ):  # fmt: skip
     """Continue tokens (B, T >= 1): yields `count` times the next token of every sequence, (B,).
 
     window, sinks: attend to the last `window` tokens and the first `sinks` alone, over a cache that stays that small.
     log_n: see GPT.forward.
-    crop: no cache; re-encode the last `crop` tokens from position 0 for every token. forbidden: ids never drawn. The
-    prompt enters in chunks of `chunk` tokens, which bounds the memory of its attention. compiled: the model as
-    torch.compile returned it, to which all tokens after the first go (no window, no crop).
+    crop: no cache; re-encode the last `crop` tokens from position 0 for every token. forbidden: ids never drawn.
+    compiled: the model as torch.compile returned it, to which all tokens after the first go (no window, no crop).
     """
     generator = torch.Generator(tokens.device).manual_seed(seed)
     barred = torch.zeros(model.config.vocab_size, dtype=torch.bool)
@@ -632,7 +641,7 @@ def generate(
             tokens = tokens[:, -crop:]
             logits = model(tokens, last=1)
         else:
-            for part in new.split(chunk, dim=1):
+            for part in pieces(new, cache):
                 logits = forward(part, cache=cache, last=1, pos=pos)
             pos = None if pos is None else pos + 1  # anew: encodings know a tensor of positions by itself
         logits = logits[:, -1].masked_fill(barred, -math.inf)

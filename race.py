@@ -319,8 +319,13 @@ def published(config):
         import transformers
     except ImportError:
         raise UserError("transformers is not installed: pip install -r requirements-hf.txt") from None
+    if not config.published.startswith(hf.PREFIX):
+        raise UserError(f"--published={config.published} is no published model; name one as hf:FOLDER or hf:OWNER/NAME")
     folder, count, rows = hf.find(config.published), config.decode_tokens, []
-    todo = [(name, context) for name in ("float32", "bfloat16") for context in PROMPTS]
+    longest = runs.open_run(config.published).model.max_length
+    todo = [(name, n) for name in ("float32", "bfloat16") for n in PROMPTS if n + count <= longest]
+    if not todo:
+        raise UserError(f"{config.published} has {longest} positions, and {PROMPTS[0] + count} are needed")
     for name, context in tqdm(todo, "prefill and decoding", disable=None):
         device = devices.choose("cpu", name)
         opened = runs.open_run(config.published)

@@ -121,6 +121,12 @@ def config_of(state, **changes):
     return make(Config, state["config"] | changes)
 
 
+def names(paths):
+    """What to call runs in tables: the last parts of their paths, or the paths where two would be the same."""
+    short = [Path(path.removeprefix(hf.PREFIX)).name for path in paths]
+    return short if len(set(short)) == len(short) else list(paths)
+
+
 def build(config, device="cpu", initial=True):
     """A new model with its initial weights, or any; UserError for settings that do not fit together."""
     try:
@@ -148,6 +154,8 @@ def load_weights(model, state, fresh=False, share=False):
             f"the checkpoint's weights do not fit these settings ({wrong[0]}); leave the model's size as it was"
         )
     model.load_state_dict(weights, assign=share)
+    if model.config.tie_embeddings:
+        model.head.weight = model.token.weight  # which assigning takes apart
 
 
 @dataclass
@@ -169,7 +177,7 @@ def open_run(run, device="cpu", override=""):
 
 
 def open_runs(run, overrides, device="cpu"):
-    """The same with each of several overrides. On the CPU they share their weights."""
+    """The same with each of several overrides. On the CPU they share their weights, until one is changed."""
     state, opened = load(run), []
     trained = state["config"]["posenc"]
     encoding = tokenizer.load(state["config"]["tokenizer"])

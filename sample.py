@@ -94,7 +94,8 @@ def main(argv):
     if len(paths) != 1:
         raise UserError(f"name one run; usage: {Options.usage}")
     device = devices.choose(options.device, options.dtype, inference=True)
-    opened = runs.open_run(paths[0], device.device, options.posenc)
+    ways = [options.posenc, ""] if options.posenc else [""]
+    opened, *as_trained = runs.open_runs(paths[0], ways, device.device)
     model, config, encoding = opened.model, opened.config, opened.encoding
     if not posenc.derives(config.posenc, opened.trained):
         print(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense", file=sys.stderr)
@@ -166,7 +167,7 @@ def main(argv):
     made = sum(len(text) - len(prompt) for text in texts)
     print(f"\n\n{colour[0]}{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s")
     if made:
-        judge = runs.open_run(paths[0], device.device).model if options.posenc else model  # as it was trained
+        judge = as_trained[0].model if as_trained else model
         losses = [windowed_losses(judge, torch.tensor([text]), T, max(1, T // 2), device)[0].tolist() for text in texts]
         print(f"loss of the generated text, in nats per token, with at most T = {T} tokens of context:")
         print("\n".join(block_table(texts, losses, len(prompt), T)) + colour[1])

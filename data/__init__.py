@@ -70,7 +70,9 @@ def open_dataset(config, encoding):
     if config.dataset in tasks.TASKS:
         return tasks.Task(config, encoding)
     source, fingerprint = SOURCES[config.dataset], tokenizer.fingerprint(encoding)
-    key = hashlib.sha256(repr((FORMAT, source.signature(config), fingerprint)).encode()).hexdigest()[:8]
+    # What stands around documents is a published model's own, though others share its vocabulary.
+    around = [(encoding.begin, encoding.eot_token)] if hasattr(encoding, "begin") else []
+    key = hashlib.sha256(repr((FORMAT, source.signature(config), fingerprint, *around)).encode()).hexdigest()[:8]
     folder = Path(config.data_dir) / "tokens" / f"{config.dataset}-{Path(config.tokenizer).stem}-{key}"
     if not folder.exists():
         prepare(source, config, encoding, fingerprint, folder)

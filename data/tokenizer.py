@@ -1,4 +1,4 @@
-"""Text to tokens and back: every tokenizer is a tiktoken.Encoding, whatever its vocabulary.
+"""Text to tokens and back: every tokenizer is a tiktoken.Encoding, or answers as one, whatever its vocabulary.
 
 bytes        the 256 bytes and an end-of-text token; the default
 bpe          4,096 tokens learned by data/bpe.py from the source of the Python standard library; shipped

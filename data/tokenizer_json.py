@@ -59,7 +59,7 @@ class Tokenizer:
                 self.bytes[id] = text.replace("\u2581", " ").encode()
         self.eot_token = ends[0] if isinstance(ends, list) and ends else ends
         if self.eot_token not in range(self.n_vocab):
-            raise UserError(f"{path}: config.json's eos_token_id={ends} is no id in it")
+            raise UserError(f"{path}: config.json's eos_token_id={ends} is no id in it; set it there")
 
     @property
     def special_tokens_set(self):

@@ -9,6 +9,7 @@ import torch
 
 import data
 import evaluate
+import model as model_module
 import report
 from device import Device
 from model import GPT, GPTConfig
@@ -113,7 +114,8 @@ def test_chunks_and_batches_change_nothing(monkeypatch):
     losses = []
     for rows, chunk in ((1000, 1000), (1, 5), (3, 64)):
         monkeypatch.setattr(evaluate, "at_once", lambda model, length, rows=rows: rows)
-        monkeypatch.setattr(evaluate, "CHUNK", chunk)
+        for module, name in ((model_module, "WHOLE"), (model_module, "PIECE"), (evaluate, "PIECE")):
+            monkeypatch.setattr(module, name, chunk)
         losses.append(evaluate.length_loss(exact_model(), dataset([2000], ids), CPU, 8)["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
     assert losses[2] == pytest.approx(losses[0], rel=1e-9)
@@ -291,7 +293,7 @@ def test_the_command_refuses_in_one_line(trained, learned, call_script, tmp_path
         ([learned, "--train_length=64"], "or the positions (16)"),
         ([trained, "--frequencies", "--window=8", f"--out_dir={tmp_path}"], "leave out --window"),
         ([trained, "--lengths=[16, 8]"], "must rise"),
-        ([trained, "--lengths=16"], "expected list"),
+        ([trained, "--lengths=far"], "expected int or list"),
         ([trained, "--lengths=[16, 1000000]", "--targets=2"], "exceed the text"),
         ([trained, "--posenc=rope", "--posenc=learned"], "has weights of its own"),
     ):

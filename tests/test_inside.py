@@ -103,8 +103,10 @@ def test_weights_are_those_of_the_models_own_attention(spec, sizes):
 # How widely attention spreads.
 
 
-def test_attention_that_is_uniform():
-    found = inside.attention(blind("none"), text(3, 65), CPU, [8, 16, 64], chunk=7)
+def test_attention_that_is_uniform(monkeypatch):
+    for name in ("WHOLE", "PIECE"):  # contexts enter the cache in many pieces
+        monkeypatch.setattr(model_module, name, 7)
+    found = inside.attention(blind("none"), text(3, 65), CPU, [8, 16, 64])
     for row, length in enumerate((8, 16, 64)):
         seen = np.arange(length - 4, length) + 1
         assert found["entropy"][row] == pytest.approx(np.log(seen).mean())
@@ -115,7 +117,7 @@ def test_attention_that_is_uniform():
 
 def test_attention_that_falls_by_a_constant_factor():
     """alibi alone: the weights are a geometric series."""
-    found = inside.attention(blind("alibi"), text(1, 65), CPU, [16, 64], chunk=5)
+    found = inside.attention(blind("alibi"), text(1, 65), CPU, [16, 64])
     for row, length in enumerate((16, 64)):
         entropy, first = [], []
         for slope in (2.0 ** (-2 * h) for h in (1, 2, 3, 4)):
@@ -129,9 +131,12 @@ def test_attention_that_falls_by_a_constant_factor():
 
 
 @pytest.mark.parametrize("spec", ["rope", "fox", "t5", "sinusoidal"])
-def test_chunks_and_batches_change_nothing_and_the_input_ends_before_the_last_token(spec):
-    model, windows = make(spec), text(3, 41)
-    found = [inside.attention(model, windows, CPU, [16, 40], *sizes) for sizes in ((512, 1 << 12), (3, 1))]
+def test_chunks_and_batches_change_nothing_and_the_input_ends_before_the_last_token(spec, monkeypatch):
+    model, windows, found = make(spec), text(3, 41), []
+    for piece, budget in ((512, 1 << 12), (3, 1)):
+        monkeypatch.setattr(model_module, "WHOLE", piece)
+        monkeypatch.setattr(model_module, "PIECE", piece)
+        found.append(inside.attention(model, windows, CPU, [16, 40], budget))
     windows[:, -1] = 0
     found.append(inside.attention(model, windows, CPU, [16, 40]))
     for name in inside.SPREAD:

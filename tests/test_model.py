@@ -246,10 +246,22 @@ def test_flops_count_products():
 # ---- generate
 
 
+def test_only_what_needs_no_mask_enters_a_cache_at_once(monkeypatch):
+    monkeypatch.setattr(model_module, "WHOLE", 16)
+    monkeypatch.setattr(model_module, "PIECE", 3)
+    held = Cache()
+    held.advance(torch.arange(2), 2)
+    sizes = [[p.shape[1] for p in model_module.pieces(torch.zeros(2, n), c)] for n, c in (
+        (12, Cache()), (7, Cache(window=4)), (7, held), (8, Cache()), (0, Cache()))]  # fmt: skip
+    assert sizes == [[8, 3, 1], [3, 3, 1], [3, 3, 1], [8], []]
+
+
 @pytest.mark.parametrize("spec", UNBOUNDED)
-def test_generate_equals_naive_greedy_decoding_at_8_times_the_training_length(spec):
+def test_generate_equals_naive_greedy_decoding_at_8_times_the_training_length(spec, monkeypatch):
+    for name in ("WHOLE", "PIECE"):  # the prompt enters the cache in two pieces
+        monkeypatch.setattr(model_module, name, 3)
     model, tokens = make(spec), torch.randint(50, (2, 5))
-    made = torch.stack(list(generate(model, tokens, 8 * T - 5, temperature=0, chunk=3)), dim=1)
+    made = torch.stack(list(generate(model, tokens, 8 * T - 5, temperature=0)), dim=1)
     whole = torch.cat((tokens, made), dim=1)
     logits = model(whole[:, :-1])  # of every step at once, since no token sees later ones
     assert torch.equal(logits[:, 4:].argmax(-1), made)

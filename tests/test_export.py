@@ -19,6 +19,7 @@ pytest.importorskip("tokenizers", reason=WHY)
 import tiktoken
 from tiny import ENV, ROOT
 
+import export
 import hf
 import runs
 from configs import Config, make, read
@@ -92,7 +93,7 @@ MODELS = [
 @pytest.mark.parametrize(("kind", "settings"), MODELS)
 def test_every_family_computes_the_same(kind, settings, tmp_path, call_script):
     model = save(tmp_path / "run", **settings)
-    done = call_script("hf.py", tmp_path / "run", tmp_path / "there")
+    done = call_script("export.py", tmp_path / "run", tmp_path / "there")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"next: python sample.py hf:{tmp_path / 'there'} --prompt=...\n")
     assert written(tmp_path / "there")["model_type"] == kind
@@ -116,20 +117,20 @@ SCALINGS = [
 @pytest.mark.parametrize("spec", SCALINGS)
 def test_every_scaling_of_rope_computes_the_same(spec, original, tmp_path):
     model = save(tmp_path / "run", posenc=spec, original_length=original)
-    hf.main([str(tmp_path / "run"), str(tmp_path / "there")])
+    export.main([str(tmp_path / "run"), str(tmp_path / "there")])
     assert written(tmp_path / "there")["model_type"] == "llama"
     check(model, tmp_path / "there", (5, T // 2, T, 3 * T))
 
 
 def test_a_scaling_laid_over_the_run_is_written(trained, tmp_path, call_script):
-    done = call_script("hf.py", trained, "there", '--posenc=rope(scaling="yarn", factor=4)')
+    done = call_script("export.py", trained, "there", '--posenc=rope(scaling="yarn", factor=4)')
     assert done.returncode == 0, done.stderr
     assert written(tmp_path / "there")["rope_scaling"]["rope_type"] == "yarn"
     check(runs.open_run(trained, override='rope(scaling="yarn", factor=4)').model, tmp_path / "there")
 
 
 def test_a_trained_run_goes_out_and_is_sampled_from(trained, tmp_path, run_script):
-    done = run_script("hf.py", trained, "a/there")
+    done = run_script("export.py", trained, "a/there")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "a/there").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -146,7 +147,7 @@ def test_tokenizers_give_the_same_ids(tokens, kind, tmp_path):
     posenc = {"gpt2": "learned", "bloom": "alibi"}.get(kind, "rope")
     settings = {} if kind == "llama" else (BLOOM if kind == "bloom" else GPT2) | dict(posenc=posenc)
     save(tmp_path / "run", tokens, **settings)
-    hf.main([str(tmp_path / "run"), str(tmp_path / "there")])
+    export.main([str(tmp_path / "run"), str(tmp_path / "there")])
     assert written(tmp_path / "there")["model_type"] == kind
     encoding, theirs = tokenizer.load(tokens), transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
     for text in TEXTS:
@@ -186,14 +187,14 @@ def test_merges_are_those_that_were_learned():
 def test_a_run_from_a_published_model_keeps_its_tokenizer(settings, tmp_path):
     """Such a run has its tokenizer from the folder, and goes out as the family that has these biases."""
     save(tmp_path / "run", "bpe", **settings)
-    hf.main([str(tmp_path / "run"), str(tmp_path / "there")])
+    export.main([str(tmp_path / "run"), str(tmp_path / "there")])
     state = runs.load(f"hf:{tmp_path / 'there'}")
     (tmp_path / "tuned").mkdir()
     if settings:
         state["config"]["bias"] = "qkv"
         state["model"] = {name: x for name, x in state["model"].items() if not name.endswith("attn.proj.bias")}
     runs.save(tmp_path / "tuned", runs.CKPT, state)
-    hf.main([str(tmp_path / "tuned"), str(tmp_path / "again")])
+    export.main([str(tmp_path / "tuned"), str(tmp_path / "again")])
     assert written(tmp_path / "again")["model_type"] == ("qwen2" if settings else "llama")
     assert (tmp_path / "again/tokenizer.json").read_text() == (tmp_path / "there/tokenizer.json").read_text()
     check(runs.open_run(tmp_path / "run").model, tmp_path / "again")
@@ -218,24 +219,24 @@ OBSTACLES = [
 @pytest.mark.parametrize(("settings", "nearest", "named"), OBSTACLES)
 def test_what_stands_in_the_way_is_named_in_one_line(settings, nearest, named, tmp_path, call_script):
     save(tmp_path / "run", **settings)
-    done = call_script("hf.py", tmp_path / "run", "there")
+    done = call_script("export.py", tmp_path / "run", "there")
     assert done.returncode == 2
     assert done.stderr == (
-        f"hf.py: no published family has models with these settings; the nearest is {nearest}, but for {named}\n"
+        f"export.py: no published family has models with these settings; the nearest is {nearest}, but for {named}\n"
     )
     assert not list(tmp_path.glob("there*"))
 
 
 def test_numbers_and_disks_have_ends(trained, tmp_path, call_script, monkeypatch):
-    done = call_script("hf.py", trained, "there", '--posenc=rope(scaling="ntk", factor=1e29, base=1e29)')
+    done = call_script("export.py", trained, "there", '--posenc=rope(scaling="ntk", factor=1e29, base=1e29)')
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "numbers go to 1e30" in done.stderr
 
     def full(*_):
-        raise hf.SafetensorError("No space left on device")
+        raise export.SafetensorError("No space left on device")
 
-    monkeypatch.setattr(hf, "save_file", full)
-    done = call_script("hf.py", trained, "there")
+    monkeypatch.setattr(export, "save_file", full)
+    done = call_script("export.py", trained, "there")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.endswith("model.safetensors cannot be written: No space left on device\n")
     assert not (tmp_path / "there").exists()
@@ -246,22 +247,23 @@ def test_a_folder_with_something_in_it_is_left_alone(trained, tmp_path, call_scr
     (tmp_path / "there/notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("there", "file"):
-        done = call_script("hf.py", trained, name)
-        assert (done.returncode, done.stderr) == (2, f"hf.py: {name} holds something already; name a new folder\n")
+        done = call_script("export.py", trained, name)
+        assert (done.returncode, done.stderr) == (2, f"export.py: {name} holds something already; name a new folder\n")
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["notes.txt"]
     (tmp_path / "there/notes.txt").unlink()
-    assert call_script("hf.py", trained, "there").returncode == 0  # an empty one will do
+    assert call_script("export.py", trained, "there").returncode == 0  # an empty one will do
     assert (tmp_path / "there/config.json").exists()
 
 
 def test_a_killed_export_leaves_no_folder(trained, tmp_path, call_script):
-    kill = "import os, signal, hf; hf.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL); hf.main({!r})"
+    die = "export.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    kill = f"import os, signal, export; {die}; export.main({{!r}})"
     argv = [str(trained), str(tmp_path / "there")]
     killed = subprocess.run([sys.executable, "-c", kill.format(argv)], cwd=ROOT, env=ENV, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["there.part"]
     assert not (tmp_path / "there.part/model.safetensors").exists()
-    assert call_script("hf.py", *argv).returncode == 0
+    assert call_script("export.py", *argv).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     check(runs.open_run(trained).model, tmp_path / "there")
 
@@ -269,14 +271,14 @@ def test_a_killed_export_leaves_no_folder(trained, tmp_path, call_script):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "name a run and a folder to write; usage: python hf.py RUN FOLDER"),
+        ([], "name a run and a folder to write; usage: python export.py RUN FOLDER"),
         (["a", "b", "c"], "name a run and a folder to write"),
         (["nowhere", "there"], "no run nowhere"),
         (["nowhere", "there", "--posens=rope"], "unknown key 'posens'"),
     ],
 )
 def test_mistakes_are_one_line(argv, said, tmp_path, call_script):
-    done = call_script("hf.py", *argv)
+    done = call_script("export.py", *argv)
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
@@ -284,13 +286,13 @@ def test_mistakes_are_one_line(argv, said, tmp_path, call_script):
 
 
 def test_help(call_script):
-    done = call_script("hf.py", "--help")
+    done = call_script("export.py", "--help")
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: python hf.py RUN FOLDER")
+    assert done.stdout.startswith("usage: python export.py RUN FOLDER")
 
 
 def test_without_the_extra_it_says_what_to_install(trained, call_script, monkeypatch):
     monkeypatch.setattr(hf, "tokenizer_json", None)
-    done = call_script("hf.py", trained, "there")
+    done = call_script("export.py", trained, "there")
     assert done.returncode == 2
     assert done.stderr.endswith("pip install -r requirements-hf.txt\n")
