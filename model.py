@@ -443,8 +443,11 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         if x.is_cuda:  # which has a kernel for it
             return super().forward(x)
-        y = Unit.apply(x, self.eps) if torch.is_grad_enabled() else unit(x, self.eps)[0]
-        return y if self.weight is None else y * self.weight
+        if torch.is_grad_enabled():
+            y = Unit.apply(x, self.eps)
+            return y if self.weight is None else y * self.weight
+        y, _ = unit(x, self.eps)
+        return y if self.weight is None else y.mul_(self.weight)  # in place: y is nobody else's
 
 
 def make_norm(config):

@@ -529,7 +529,8 @@ class RoPE(Encoding):
         dtype = torch.promote_types(x.dtype, torch.float32)
         cos, sin = self.once((pos, dtype, length), lambda: self.table(pos, dtype, length))  # (T, dims/2) each
         a, b, rest = x.to(dtype).split((self.dims // 2, self.dims // 2, self.head_dim - self.dims), dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
+        turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+        return torch.cat((*turned, rest), dim=-1).to(x.dtype)
 
     def frequency(self, length, dtype, device=None):
         """Frequencies (dims/2,) in a context of `length` tokens, 0 for pairs that stay; and the factor on cos, sin."""
