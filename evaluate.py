@@ -388,6 +388,9 @@ def open_dataset(opened, options):
     """The run's data set, or the one that --data names. UserError where the run's own has changed."""
     config = opened.config
     config.data_dir = options.data_dir or config.data_dir
+    if options.lengths:  # no longer window has to fit into the text
+        known = dict(original_length=config.original_length or config.train_length, length_schedule={}, segments=1)
+        config = dataclasses.replace(config, train_length=options.lengths[0], **known)
     if not options.data:
         dataset = data.open_dataset(config, opened.encoding)
         if opened.data_checksum and dataset.meta["data_checksum"] != opened.data_checksum:

@@ -255,6 +255,14 @@ def test_several_encodings_of_one_run_share_a_table(trained, call_script, tmp_pa
     assert (tmp_path / "reach" / "length.png").exists()
 
 
+def test_a_text_may_be_shorter_than_the_training_length_where_lengths_are(trained, call_script, tmp_path):
+    (tmp_path / "short.txt").write_text("line 7 says that 7 times 7 is 49.\n" * 4)  # 13 tokens held out, and T is 16
+    flags = [f"--data={tmp_path}/short.txt", "--targets=1"]
+    assert "too short" in call_script("evaluate.py", trained, *flags).stderr
+    done = call_script("evaluate.py", trained, *flags, "--lengths=[4, 8]")
+    assert done.returncode == 0, done.stderr
+
+
 def test_lengths_in_tokens_score_the_same_targets_within_the_shortest():
     model = Recorder(16)
     multiples = [length / 16 for length in (6, 16, 37)]
