@@ -370,7 +370,8 @@ class Options:
         require(self.window or not self.sinks, "--sinks needs a --window")
         self.lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths
         ascending = all(type(x) is int and x > 1 for x in self.lengths) and self.lengths == sorted(set(self.lengths))
-        require(ascending, f"--lengths={self.lengths} must rise, as in --lengths='[1024, 2048, 4096]'")
+        form = "must be whole numbers above 1 that rise, as in --lengths='[1024, 2048, 4096]'"
+        require(ascending, f"--lengths={self.lengths} {form}")
         require(not (self.lengths and self.frequencies), "--frequencies and --lengths exclude each other")
         require(not self.picture or self.picture.endswith(".png"), f"--picture={self.picture} must end in .png")
         for key, path in (("table", self.table), ("picture", self.picture)):
@@ -380,7 +381,8 @@ class Options:
         mine = not self.table or not page.exists() or mark in page.read_text(errors="replace")
         require(mine, f"--table={page} has no line {mark}, so the table would replace all of it")
         out = Path(self.out_dir)
-        require(not (out / runs.CKPT).exists(), f"--out_dir={out} holds a run; name another folder, {out}/reach say")
+        held = any((out / name).exists() for name in (runs.CKPT, "config.json"))
+        require(not held, f"--out_dir={out} holds a run or a model; name another folder, {out}/reach say")
         require(out.is_dir() or not out.exists(), f"--out_dir={out} is a file; name a folder")
 
 
@@ -437,11 +439,10 @@ def main(argv):
         raise UserError(f"which runs? usage: {Options.usage}")
     if options.frequencies and not options.out_dir:
         raise UserError("--frequencies draws pictures: name a folder for them, --out_dir=out/frequencies say")
-    overrides = list(map(str, options.posenc)) or [""]
     # All of them first: a mistake comes before the work.
     opened_runs = {}
     for name, path in zip(runs.names(paths), paths, strict=True):
-        ways = [name] if len(overrides) == 1 else [f"{name}: {way}" if paths[1:] else way for way in overrides]
+        ways = [f"{name}: {way}" if paths[1:] else str(way) for way in options.posenc] or [name]
         opened_runs |= zip(ways, runs.open_runs(path, options.posenc or [""]), strict=True)
     if len({tokenizer.fingerprint(opened.encoding) for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")

@@ -70,7 +70,7 @@ def plain_posenc(config):
         arguments = {}  # both rules give the same slopes
     elif cls is posenc.Learned and arguments["overflow"] != "interpolate":
         arguments = {"overflow": arguments["overflow"]}
-    said = {key: float(value) if type(value) is int and key != "dims" else value for key, value in arguments.items()}
+    said = {key: float(value) if isinstance(cls.arguments[key], float) else value for key, value in arguments.items()}
     return f"{cls.name}({', '.join(f'{key}={value!r}' for key, value in said.items())})"
 
 

@@ -442,10 +442,12 @@ def load(name):
 
 
 def read_json(path):
+    if not path.exists():
+        raise UserError(f"{path.parent} has no {path.name}; name a folder with {', '.join(FILES)}")
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read ({error}); download it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is no JSON object")
     return value
@@ -462,6 +464,8 @@ def find(name):
         raise UserError(f"{name}: published models take more packages: pip install -r requirements-hf.txt")
     place = name.removeprefix(PREFIX)
     if is_folder(name):
+        if (Path(place).expanduser() / "ckpt.pt").exists():
+            raise UserError(f"{place} is a run of this program; name it without {PREFIX}")
         return Path(place).expanduser()
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place):
         known = ", ".join(FILES)

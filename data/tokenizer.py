@@ -26,7 +26,10 @@ def load(name):
     if name.startswith("hf:"):
         import hf  # here, as it takes its names from this module
 
-        return hf.load_tokenizer(name)
+        try:
+            return hf.load_tokenizer(name)
+        except UserError as error:
+            raise UserError(f"its tokenizer is that of a published model: {error}") from None
     if name == "bytes":
         return make(name, r"(?s:.)", {bytes([byte]): byte for byte in range(256)})
     from data import bpe  # here, or `python -m data.bpe` would find itself imported

@@ -300,7 +300,7 @@ def test_the_command_refuses_in_one_line(trained, learned, call_script, tmp_path
         ([trained, "--train_length=1000000"], "exceed the text"),
         ([learned, "--train_length=64"], "or the positions (16)"),
         ([trained, "--frequencies", "--window=8", f"--out_dir={tmp_path}"], "leave out --window"),
-        ([trained, "--lengths=[16, 8]"], "must rise"),
+        ([trained, "--lengths=[16, 8]"], "that rise"),
         ([trained, "--lengths=far"], "expected int or list"),
         ([trained, "--lengths=[16, 1000000]", "--targets=2"], "exceed the text"),
         ([trained, "--posenc=rope", "--posenc=learned"], "has weights of its own"),

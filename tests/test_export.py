@@ -24,6 +24,8 @@ import hf
 import runs
 from configs import Config, make, read
 from data import bpe, tokenizer, tokenizer_json
+from errors import UserError
+from posenc import every
 
 T = 16
 SMALL = dict(train_length=T, n_layer=2, n_embd=32, n_head=2)
@@ -296,3 +298,12 @@ def test_without_the_extra_it_says_what_to_install(trained, call_script, monkeyp
     done = call_script("export.py", trained, "there")
     assert done.returncode == 2
     assert done.stderr.endswith("pip install -r requirements-hf.txt\n")
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in every() if not spec.startswith(("rope", "none", "learned", "alibi"))]
+)
+def test_other_encodings_stand_in_the_way(spec):
+    config = Config(posenc=spec, vocab_size=50, train_length=16)
+    with pytest.raises(UserError, match="no published family has models with these settings.*posenc="):
+        export.choose(config)

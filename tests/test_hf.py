@@ -421,7 +421,7 @@ BAD = {
     ),
     "an end that is no token": (lambda f: edit(f, eos_token_id=V), ["eos_token_id=300"]),
     "no end": (lambda f: edit(f, eos_token_id=None), ["eos_token_id"]),
-    "no config.json": (lambda f: (f / "config.json").unlink(), ["config.json cannot be read"]),
+    "no config.json": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
     "a config.json that is no JSON": (lambda f: cut(f / "config.json"), ["config.json cannot be read"]),
     "a config.json that is no text": (
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json cannot be read"]
