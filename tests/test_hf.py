@@ -775,11 +775,19 @@ def test_what_is_put_before_a_text_is_read_and_not_printed(llama2, call_script):
 def test_a_published_model_is_evaluated(tmp_path, plain, bpe, llama2, corpus, call_script):
     for folder in (plain["llama"], save(tmp_path / "gpt2", bpe, "gpt2"), llama2):
         flags = [f"--data={corpus}", "--targets=2", "--train_length=16", f"--data_dir={tmp_path / 'data'}"]
-        done = call_script("evaluate.py", f"hf:{folder}", *flags, f"--out_dir={tmp_path / folder.name}")
+        done = call_script("evaluate.py", f"hf:{folder}", *flags, f"--out_dir={tmp_path / 'reach' / folder.name}")
         assert done.returncode == 0, done.stderr
-        (result,) = json.loads((tmp_path / folder.name / "length.json").read_text())["runs"].values()
+        (result,) = json.loads((tmp_path / "reach" / folder.name / "length.json").read_text())["runs"].values()
         assert result["lengths"][:2] == [8, 16] and result["step"] == 0
         assert all(0 < loss < 30 for loss in result["loss"])
+
+
+def test_a_published_folder_is_not_written_into_and_a_run_is_none(plain, trained, call_script):
+    for argv, said in (
+        ([f"hf:{plain['llama']}", f"--out_dir={plain['llama']}"], "holds a run or a model"),
+        ([f"hf:{trained}"], "is a run of this program; name it without hf:"),
+    ):
+        refused(call_script("evaluate.py", *argv), said)
 
 
 def test_a_published_model_is_tuned_to_twice_its_length_and_goes_on_after_a_stop(tmp_path, plain, corpus, call_script):
