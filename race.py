@@ -332,6 +332,7 @@ def published(config):
         ours = opened.model
         device.prepare(ours)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=device.dtype).eval()
+        theirs.generation_config.eos_token_id = None  # or they would not draw it, so that a text does not end
         tokens = torch.tensor([opened.encoding.encode_ordinary(inspect.getsource(inspect))[:context]])
         seconds = {"prefill": [], "decoding": []}
         for _ in range(config.rounds):
