@@ -171,6 +171,18 @@ def write_llama(config):
     return write_rope(config) | {"attention_bias": bool(config.bias), "mlp_bias": config.bias is True}
 
 
+def megatron(block, attention):
+    """The modules of a block as Megatron calls them, and those who come from it."""
+    return {
+        "blocks.{}.attn_norm": f"{block}.input_layernorm",
+        "blocks.{}.attn.qkv": f"{block}.{attention}.query_key_value",
+        "blocks.{}.attn.proj": f"{block}.{attention}.dense",
+        "blocks.{}.ff_norm": f"{block}.post_attention_layernorm",
+        "blocks.{}.ff.fc": f"{block}.mlp.dense_h_to_4h",
+        "blocks.{}.ff.proj": f"{block}.mlp.dense_4h_to_h",
+    }
+
+
 NEOX_ROPE = dict(base="rotary_emb_base", share="rotary_pct", usual_share=0.25)
 LAYERNORM = dict(norm="layernorm", norm_affine=True, norm_eps=1e-5, bias=True)
 LLAMA = Family(
@@ -269,12 +281,7 @@ FAMILIES = {
         write=lambda config: write_rope(config, **NEOX_ROPE) | write_activation(config, "hidden_act"),
         modules={
             "token": "embed_in",
-            "blocks.{}.attn_norm": "layers.{}.input_layernorm",
-            "blocks.{}.attn.qkv": "layers.{}.attention.query_key_value",
-            "blocks.{}.attn.proj": "layers.{}.attention.dense",
-            "blocks.{}.ff_norm": "layers.{}.post_attention_layernorm",
-            "blocks.{}.ff.fc": "layers.{}.mlp.dense_h_to_4h",
-            "blocks.{}.ff.proj": "layers.{}.mlp.dense_4h_to_h",
+            **megatron("layers.{}", "attention"),
             "norm": "final_layer_norm",
             "head": "embed_out",
         },
@@ -300,12 +307,7 @@ FAMILIES = {
         modules={
             "token": "word_embeddings",
             "token_norm": "word_embeddings_layernorm",
-            "blocks.{}.attn_norm": "h.{}.input_layernorm",
-            "blocks.{}.attn.qkv": "h.{}.self_attention.query_key_value",
-            "blocks.{}.attn.proj": "h.{}.self_attention.dense",
-            "blocks.{}.ff_norm": "h.{}.post_attention_layernorm",
-            "blocks.{}.ff.fc": "h.{}.mlp.dense_h_to_4h",
-            "blocks.{}.ff.proj": "h.{}.mlp.dense_4h_to_h",
+            **megatron("h.{}", "self_attention"),
             "norm": "ln_f",
             "head": "lm_head",
         },
