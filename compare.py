@@ -9,7 +9,7 @@ The same command goes on where it was stopped, and adds what is new. Where runs 
 one is measured too: as it is, under a window of its training length, and with each encoding laid over it, untrained.
 """
 
-import before_torch  # noqa: F401  # isort: skip
+import core.start  # noqa: F401  # isort: skip
 
 import concurrent.futures
 import functools
@@ -32,19 +32,17 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
-import configs
 import data
-import device as devices
 import evaluate
 import posenc
-import report
-import runs
 import train
-from configs import Config
-from data import tasks, tokenizer
-from errors import UserError, run
+from core import flags as configs
+from core import place as places
+from core import report, runs
+from core.errors import UserError, require, run
+from core.settings import Config
+from data import tasks, vocabulary
 from evaluate import TABLES, by_multiple
-from model import require
 
 HERE = Path(__file__).parent
 SINKS = 4  # under the window that stretched contexts are compared with
@@ -293,7 +291,7 @@ def main(argv):
     page, marks = Path(options.docs) / "results.md", (f"<!-- {out.name} -->\n", f"<!-- /{out.name} -->")
     if options.docs and not all(mark in page.read_text() for mark in marks):  # or the tables would replace all of it
         raise UserError(f"{page} has no place for the tables: the lines {marks[0].strip()} and {marks[1]}")
-    device = devices.choose(options.device).device
+    device = places.choose(options.device)
     every = [(one, one.config(seed, out)) for seed in seeds for one in found]
     first = every[0][1]
     for key in ("dataset", "text", "packages", "shards", "tokenizer"):
@@ -305,12 +303,12 @@ def main(argv):
     T = min(lengths + own)
     if first.dataset in tasks.TASKS and len({*own, *(config.train_length for _, config in every)}) > 1:
         raise UserError("train_length must be the same in all of them: tasks are measured at multiples of their own")
-    checksum = data.open_dataset(first, tokenizer.load(first.tokenizer)).meta["data_checksum"]
+    checksum = data.open_dataset(first, vocabulary.load(first.tokenizer)).meta["data_checksum"]
     lock = runs.lock(out / "logs")  # held until this process ends
     if lock is None:
         raise UserError(f"another comparison works in {out}: wait for its end, or choose another folder with --out_dir")
 
-    workers = Workers(min(options.jobs, len(every)), device, out / "logs")
+    workers = Workers(min(options.jobs, len(every)), device.device, out / "logs")
     flags = f"--targets={options.targets}", f"--train_length={T}"
     jobs = before_training(workers, out, bases, every, T, checksum, *flags)
     untrained = list(jobs)

@@ -14,7 +14,7 @@ B); and in windows that slide by L/2, where all but the first tokens have at lea
 **By position**, in windows of up to 8 T; and **attention**: how far it spreads, and how much the first token gets.
 """
 
-import before_torch  # noqa: F401  # isort: skip
+import core.start  # noqa: F401  # isort: skip
 
 import dataclasses
 import functools
@@ -29,15 +29,14 @@ import numpy as np
 import torch
 
 import data
-import device as devices
-import inside
-import probes
-import report
-import runs
-from configs import Dtype, flags, make
-from data import tasks, tokenizer
-from errors import UserError, run
-from model import PIECE, WHOLE, Cache, pieces, require
+from core import measure as probes
+from core import place as places
+from core import report, runs
+from core.errors import UserError, require, run
+from core.flags import Dtype, flags, make
+from data import tasks, vocabulary
+from lab import spread as inside
+from model import PIECE, WHOLE, Cache, pieces
 
 MULTIPLES = (0.5, 1, 1.1, 1.25, 1.5, 2, 4, 8, 16)  # of the training length
 HOLDS = 1.05  # a length holds while its perplexity is at most so many times that at T
@@ -227,7 +226,7 @@ def measure(model, dataset, encoding, device, count, T=0, lengths=(), **reading)
         return length_loss(model, dataset, device, count, [length / T for length in lengths], T, **reading)
     result = length_loss(model, dataset, device, count, T=T, **reading)
     few = max(1, count // 8)  # each of them has 64 times as many tokens as a window has targets
-    result |= usual_losses(model, dataset, tokenizer.byte_lengths(encoding), device, few, T=T, **reading)
+    result |= usual_losses(model, dataset, vocabulary.byte_lengths(encoding), device, few, T=T, **reading)
     result["by_position"] = position_loss(model, dataset, device, count, T, **reading)
     if not any(reading.values()):  # under a window attention is another
         lengths, reached = reach(model, T, len(dataset.val))
@@ -394,7 +393,7 @@ def open_dataset(opened, options):
         known = dict(original_length=config.original_length or config.train_length, length_schedule={}, segments=1)
         config = dataclasses.replace(config, train_length=options.lengths[0], **known)
     if not options.data:
-        dataset = data.open_dataset(config, opened.encoding)
+        dataset = data.open_dataset(config, opened.tokenizer)
         if opened.data_checksum and dataset.meta["data_checksum"] != opened.data_checksum:
             where = dataset.folder
             raise UserError(f"the corpus of {opened.path} is not the one here ({where}); name another --data_dir")
@@ -405,7 +404,7 @@ def open_dataset(opened, options):
         raise UserError(f"--data={options.data} is neither a file or folder nor one of {names}")
     other = dict(dataset=options.data, text="") if known else dict(dataset="text", text=options.data)
     other |= dict(packages=False, shards=1)
-    return data.open_dataset(dataclasses.replace(config, **other), opened.encoding)
+    return data.open_dataset(dataclasses.replace(config, **other), opened.tokenizer)
 
 
 def measured(opened_runs, datasets, device, options):
@@ -415,7 +414,7 @@ def measured(opened_runs, datasets, device, options):
         checksum = opened.data_checksum or datasets[name].meta["data_checksum"]
         known = {"step": opened.step, "posenc": opened.config.posenc, "data_checksum": checksum}
         results[name] = known | measure(
-            opened.model, datasets[name], opened.encoding, device, options.targets, options.train_length,
+            opened.model, datasets[name], opened.tokenizer, device, options.targets, options.train_length,
             options.lengths, window=options.window or None, sinks=options.sinks, log_n=options.log_n,
         )  # fmt: skip
     return results, tables(results)
@@ -444,7 +443,7 @@ def main(argv):
     for name, path in zip(runs.names(paths), paths, strict=True):
         ways = [f"{name}: {way}" if paths[1:] else str(way) for way in options.posenc] or [name]
         opened_runs |= zip(ways, runs.open_runs(path, options.posenc or [""]), strict=True)
-    if len({tokenizer.fingerprint(opened.encoding) for opened in opened_runs.values()}) > 1:
+    if len({vocabulary.fingerprint(opened.tokenizer) for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
     if options.frequencies:
         for key in ("train_length", "window", "log_n"):
@@ -456,7 +455,7 @@ def main(argv):
         raise UserError("some of these runs learned a task and some a text: exact match and loss do not compare them")
     datasets = {name: open_dataset(opened, options) for name, opened in opened_runs.items()}
     dtype = next(iter(opened_runs.values())).config.dtype if options.dtype == "auto" else options.dtype
-    device = devices.choose(options.device, dtype)
+    device = places.choose(options.device, dtype)
     for opened in opened_runs.values():
         device.prepare(opened.model)
     what = "frequencies" if options.frequencies else "length"
@@ -468,14 +467,14 @@ def main(argv):
     if options.out_dir:
         out = Path(options.out_dir)
         out.mkdir(parents=True, exist_ok=True)
-        made = {"command": command, "seed": seed} | report.provenance(device.device)
+        made = {"command": command, "seed": seed} | report.provenance(device)
         runs.write_json(out / f"{what}.json", {"made": made, "runs": results})
-        report.write_table(out / "results.md", "evaluate", lines, command, device.device, seed=seed)
+        report.write_table(out / "results.md", "evaluate", lines, command, device, seed=seed)
         if not options.frequencies:
             pictures(out, results)
     if options.table:
         name, some = ("frequencies", lines) if options.frequencies else ("evaluate", table(results))
-        report.write_table(options.table, name, some, command, device.device, seed=seed)
+        report.write_table(options.table, name, some, command, device, seed=seed)
     if options.picture and not options.frequencies:
         picture(options.picture, results)
 

@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-import device as devices
 import posenc
+from core import place as places
+from core.errors import require
 
 CHUNK = 256  # queries whose logits are computed at once; in longer windows, gradients compute them anew
 WHOLE, PIECE = 1 << 14, 512  # tokens that enter an empty cache at once, and one that holds some
@@ -84,11 +85,6 @@ class GPTConfig:
             head_dim=head_dim,
             train_length=self.original_length or self.train_length,
         )
-
-
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
 
 
 class Cache:
@@ -250,7 +246,7 @@ def flexes(q):
 def compiled_flex():
     """flex_attention for models that are not compiled themselves; None where nothing compiles. Its eager form would
     make (T, T) of all, and so would a compiled one that gave up after the usual eight lengths."""
-    if devices.no_compiler(torch.device("cuda")):
+    if places.no_compiler(torch.device("cuda")):
         return None
     return torch._dynamo.config.patch(recompile_limit=64)(torch.compile(flex_attention, dynamic=False))
 

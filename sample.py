@@ -7,7 +7,7 @@ tokens with at most T tokens of context, which every encoding was trained for: t
 rises, or as 4-grams that repeat.
 """
 
-import before_torch  # noqa: F401  # isort: skip
+import core.start  # noqa: F401  # isort: skip
 
 import codecs
 import sys
@@ -17,14 +17,14 @@ from typing import ClassVar
 
 import torch
 
-import device as devices
 import posenc
-import runs
-from configs import Dtype, flags, make
-from data import tokenizer
-from errors import UserError, run
+from core import place as places
+from core import runs
+from core.errors import UserError, require, run
+from core.flags import Dtype, flags, make
+from data import vocabulary
 from evaluate import windowed_losses
-from model import generate, require
+from model import generate
 
 
 @dataclass
@@ -93,14 +93,14 @@ def main(argv):
     options = make(Options, given)
     if len(paths) != 1:
         raise UserError(f"name one run; usage: {Options.usage}")
-    device = devices.choose(options.device, options.dtype, inference=True)
+    device = places.choose(options.device, options.dtype, inference=True)
     ways = [options.posenc, ""] if options.posenc else [""]
     opened, *as_trained = runs.open_runs(paths[0], ways, device.device)
-    model, config, encoding = opened.model, opened.config, opened.encoding
+    model, config, encoding = opened.model, opened.config, opened.tokenizer
     if not posenc.derives(config.posenc, opened.trained):
         print(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense", file=sys.stderr)
     T, count = config.train_length, options.tokens or 8 * config.train_length
-    end, begin = encoding.eot_token, tokenizer.begin(encoding)
+    end, begin = encoding.eot_token, vocabulary.begin(encoding)
     unsaid = {end, *begin}
     prompt = [*begin, *encoding.encode_ordinary(options.prompt)] or [end]
     if not options.crop:
@@ -115,11 +115,11 @@ def main(argv):
         raise UserError(f"--compile: {keeps[0]} keeps more than keys and values for every token; leave out --compile")
     if options.compile:
         model.to(device.dtype)  # or the compiled model would cast every weight for every token
-    forward, why_not = devices.compiled(model, options.compile, device.device, decoding=True)
+    forward, why_not = places.compiled(model, options.compile, device, decoding=True)
     if why_not:
         print(why_not, file=sys.stderr)
     # What stands for no text is never drawn: padding of the vocabulary, special tokens.
-    silent = [token for token, text in enumerate(tokenizer.token_bytes(encoding)) if not text]
+    silent = [token for token, text in enumerate(vocabulary.token_bytes(encoding)) if not text]
     silent += range(encoding.n_vocab, config.vocab_size)
     tokens = torch.tensor([prompt] * options.samples, device=device.device)
 

@@ -7,7 +7,7 @@
 The same command again goes on where the run stopped. `--help` lists every setting.
 """
 
-import before_torch  # isort: skip
+from core import start  # isort: skip
 
 import math
 import time
@@ -19,17 +19,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import configs
 import data
-import device as devices
 import evaluate
-import optimizers
 import posenc
-import report
-import runs
-from configs import Config
-from data import tokenizer
-from errors import UserError, run
+from core import flags as configs
+from core import optimizers, report, runs
+from core import place as places
+from core.errors import UserError, run
+from core.settings import Config
+from data import vocabulary
 from model import GPTConfig, derive_seed
 
 TRY = "Try a lower --learning_rate, or --dtype=float32, with another --out_dir"
@@ -95,7 +93,7 @@ def resume(config, out, dataset, encoding):
 
 def train(config, device):
     """One run from its first step, or from where it stopped, to its end. Returns the exit status."""
-    out, encoding = Path(config.out_dir), tokenizer.load(config.tokenizer)
+    out, encoding = Path(config.out_dir), vocabulary.load(config.tokenizer)
     share, rest = divmod(config.batch_size, device.world)
     micro = config.micro_batch_size or share
     if rest or share % micro:
@@ -151,22 +149,22 @@ def train(config, device):
                 out, name, {"model": model.state_dict(), "step": step, "config": runs.plain(config)} | known | more
             )
 
-    log, stop = runs.Log(out, device, step, config.max_steps, before_torch.BEGAN), devices.Stop(device)
+    log, stop = runs.Log(out, device, step, config.max_steps, start.BEGAN), places.Stop(device)
     if device.main:
         runs.write_json(out / "config.json", runs.plain(config))
     # Or a resumed run would differ in its last bits. Filling what is about to be overwritten would only cost time.
     torch.use_deterministic_algorithms(device.device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
-    forward, why_not = devices.compiled(model, config.compile, device.device)
+    forward, why_not = places.compiled(model, config.compile, device)
     if why_not:
         log.say(why_not)
     if device.world > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.device] if device.device.type == "cuda" else None)
     windows = dataset.validation(config.train_length, max(1, config.eval_tokens // config.train_length))
-    token_bytes, parameters = tokenizer.byte_lengths(encoding), sum(p.numel() for p in model.parameters())
+    token_bytes, parameters = vocabulary.byte_lengths(encoding), sum(p.numel() for p in model.parameters())
     log.say(
         f"{out}: {parameters / 1e6:.2f} M parameters, {config.posenc}, {dataset.size} training tokens "
-        f"({config.dataset}, {config.tokenizer}), {device.world} x {devices.describe(device.device)}, "
+        f"({config.dataset}, {config.tokenizer}), {device.world} x {device.hardware}, "
         f"{device.dtype_name}"
     )
 
@@ -231,7 +229,7 @@ def train(config, device):
             rate = updaters[0].param_groups[0]["lr"]
             log.write(step=step, loss=mean, learning_rate=rate, grad_norm=norm.item(), tokens_per_second=round(speed))
             shown = {"loss": f"{mean:.3f}", "tok/s": f"{speed:,.0f}"}
-            if peak := devices.peak(device.device):
+            if peak := device.peak:
                 shown["mfu"] = f"{speed * model.flops_per_token() / (peak * device.world):.0%}"
             log.bar.set_postfix(shown, refresh=False)
         if evaluates:
@@ -265,7 +263,7 @@ def close(model, config, dataset, device, log, step):
         model.eval()
         result = evaluate.summary(model, dataset, device, config.length_targets)
         if device.main:
-            made = {"step": step, "seed": config.seed} | report.provenance(device.device)
+            made = {"step": step, "seed": config.seed} | report.provenance(device)
             runs.write_json(out / "length.json", result | made)
             evaluate.pictures(out, {out.name: result})
             log.say("\n".join(evaluate.table({out.name: result})))
@@ -282,8 +280,8 @@ def close(model, config, dataset, device, log, step):
 
 
 def main(argv):
-    config = settle(*configs.parse(argv))
-    device = devices.choose(config.device, config.dtype)
+    config = settle(*configs.parse(argv, Config))
+    device = places.choose(config.device, config.dtype)
     try:
         status = train(config, device)
     except RuntimeError as error:  # CUDA has a class for it, MPS and the CPU do not

@@ -23,8 +23,8 @@ from typing import ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from data import fineweb, ptb, python, shakespeare, tasks, text, tokenizer, wikitext2
-from errors import UserError
+from core.errors import UserError
+from data import fineweb, ptb, python, shakespeare, tasks, text, vocabulary, wikitext2
 
 SOURCES = {
     "python": python,
@@ -69,7 +69,7 @@ def open_dataset(config, encoding):
     """
     if config.dataset in tasks.TASKS:
         return tasks.Task(config, encoding)
-    source, fingerprint = SOURCES[config.dataset], tokenizer.fingerprint(encoding)
+    source, fingerprint = SOURCES[config.dataset], vocabulary.fingerprint(encoding)
     # What stands around documents is a published model's own, though others share its vocabulary.
     around = [(encoding.begin, encoding.eot_token)] if hasattr(encoding, "begin") else []
     key = hashlib.sha256(repr((FORMAT, source.signature(config), fingerprint, *around)).encode()).hexdigest()[:8]
@@ -93,7 +93,7 @@ def prepare(source, config, encoding, fingerprint, folder):
     dtype = np.dtype("<u2" if encoding.n_vocab <= 1 << 16 else "<u4")
     part = folder.with_name(f"{folder.name}.{platform.node()}-{os.getpid()}.part")
     part.mkdir(parents=True, exist_ok=True)
-    begin, end = tokenizer.begin(encoding), [encoding.eot_token]
+    begin, end = vocabulary.begin(encoding), [encoding.eot_token]
     starts, tokens = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     digest = {split: hashlib.sha256() for split in SPLITS}
     try:

@@ -25,9 +25,9 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
+from core.errors import UserError, run
 from data.python import stdlib_files
 from data.text import find, read
-from errors import UserError, run
 
 # Text is first cut into chunks, and no token ever reaches across a chunk's border. Otherwise the vocabulary would fill
 # up with accidents such as "dog." and "dog,". The first alternative that matches wins, and every character matches one.
@@ -143,7 +143,7 @@ class Options:
 
 
 def main(argv: list[str]) -> None:
-    from configs import flags, make  # here: it imports torch, which tokenizers can do without
+    from core.settings import flags, make  # here: it imports torch, which tokenizers can do without
 
     sources, given = flags(argv, Options)
     options = make(Options, given)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from errors import UserError
+from core.errors import UserError
 
 try:
     import fcntl

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from data import tokenizer
+from core.errors import UserError
+from data import vocabulary
 from data.download import fetch
-from errors import UserError
 
 # 200 MB each. The revision cannot change.
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/889765ea1f903759787add96995d81171b632d0c/"
@@ -43,7 +43,7 @@ def signature(config):
 
 def documents(config):
     """Yields (split, text). A file takes about two minutes, once; memory does not grow with their number."""
-    gpt2 = tokenizer.load("gpt2")  # first: without it the downloads were of no use
+    gpt2 = vocabulary.load("gpt2")  # first: without it the downloads were of no use
     for split, (name, sha256) in files(config):
         file = fetch(URL + name, f"{config.data_dir}/raw/fineweb/{name}", sha256)
         ids = np.memmap(file, "<u2", "r", offset=256 * 4)

@@ -5,8 +5,8 @@ import hashlib
 import sysconfig
 from pathlib import Path
 
+from core.errors import UserError
 from data import text
-from errors import UserError
 
 # Tests, which some systems do not install, tables that programs wrote, and packages' copies of other packages.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "_vendor"}

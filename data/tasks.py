@@ -13,8 +13,8 @@ import string
 
 import numpy as np
 
-from data import tokenizer
-from errors import UserError
+from core.errors import UserError
+from data import vocabulary
 
 VERSION = 1  # of the examples; raise it when they change
 
@@ -117,7 +117,7 @@ class Task:
             if wrong:
                 raise UserError(f"dataset={self.name} {said}")
         self.meta = {
-            "tokenizer_fingerprint": tokenizer.fingerprint(encoding),
+            "tokenizer_fingerprint": vocabulary.fingerprint(encoding),
             "data_checksum": hashlib.sha256(repr((self.name, VERSION)).encode()).hexdigest(),
         }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from errors import UserError
+from core.errors import UserError
 
 HELD_OUT = 0.1  # of the text goes to validation
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from data import tokenizer
-from errors import UserError
+from core.errors import UserError
+from data import vocabulary
 
 
 def byte_characters():
@@ -105,7 +105,7 @@ def inner(encoding):
     if hasattr(encoding, "inner"):  # `Tokenizer`, which has it from such a folder
         return encoding.inner
     special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
-    ranks = {text: id for id, text in enumerate(tokenizer.token_bytes(encoding)) if text}
+    ranks = {text: id for id, text in enumerate(vocabulary.token_bytes(encoding)) if text}
     character = byte_characters()
     write = lambda text: "".join(character[byte] for byte in text)  # noqa: E731
     pairs = [tuple(map(write, pair)) for pair in merges(ranks)]

@@ -7,7 +7,7 @@ import sys
 import pytest
 from tiny import ENV, ROOT, run
 
-import errors
+from core import errors
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def call_script(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            errors.run(importlib.import_module(script.removesuffix(".py")).main)
+            errors.run(importlib.import_module(script.removesuffix(".py").replace("/", ".")).main)
         return subprocess.CompletedProcess(sys.argv, left.value.code or 0, *capsys.readouterr())
 
     return start

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import ROOT
 
-import bench
-import runs
-from device import Device
+from core import runs
+from core.place import Place
+from lab.bench import timing as bench
 
 TINY = bench.Bench(vocab_size=20, n_layer=1, n_embd=16, n_head=2, train_length=4, batch_size=32)
 
@@ -23,8 +23,8 @@ def test_every_variant_sees_the_same_number_of_tokens():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("posenc", ["none", "rope", "t5", "randomized"])
 def test_a_training_step_never_waits_for_the_gpu(posenc, monkeypatch):
-    monkeypatch.setattr(Device, "synchronize", lambda self: None)
-    device = Device(torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(Place, "synchronize", lambda self: None)
+    device = Place(torch.device("cuda"), torch.bfloat16)
     model = runs.build(dataclasses.replace(TINY, posenc=posenc), device.device)
     monkeypatch.setattr(bench.runs, "build", lambda *_: model)
     step, _ = bench.training_step(dataclasses.replace(TINY, compile=False), device)
@@ -45,14 +45,14 @@ def test_every_round_decodes_at_the_same_context(monkeypatch):
     monkeypatch.setattr(
         bench.Cache, "append", lambda self, *a, **k: (lengths.append(self.length), append(self, *a, **k))[1]
     )
-    decode = bench.decoder(bench.variant(TINY, "rope", 4), Device(torch.device("cpu"), torch.float32), 10, 3)
+    decode = bench.decoder(bench.variant(TINY, "rope", 4), Place(torch.device("cpu"), torch.float32), 10, 3)
     decode()
     decode()
     assert lengths == [10, 11, 12, 13, 11, 12, 13]
 
 
 def test_decoding_stays_within_the_positions_that_there_are():
-    device = Device(torch.device("cpu"), torch.float32)
+    device = Place(torch.device("cpu"), torch.float32)
     for spec in ("randomized(inner=learned)", "learned"):
         bench.decoder(bench.variant(TINY, spec, 4), device, 16 * 4, 3)()
 
@@ -60,7 +60,9 @@ def test_decoding_stays_within_the_positions_that_there_are():
 def test_the_command_prints_and_writes_one_row_for_each_encoding(run_script, tmp_path):
     settings = {key: getattr(TINY, key) for key in ("vocab_size", "n_layer", "n_embd", "n_head", "train_length")}
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    done = run_script("bench.py", *flags, "--only=alibi", "--rounds=1", "--decode_tokens=2", f"--table={tmp_path}/t.md")
+    done = run_script(
+        "lab/bench/timing.py", *flags, "--only=alibi", "--rounds=1", "--decode_tokens=2", f"--table={tmp_path}/t.md"
+    )
     assert done.returncode == 0, done.stderr
     rows = [re.findall(r"[^|]+", line) for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0].strip() for row in rows] == ["encoding", "none", "alibi"]
@@ -87,7 +89,7 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
 
 
 def test_two_measurements_at_once_are_one_line(call_script):
-    done = call_script("bench.py", "--growth=g", "--before=x")
+    done = call_script("lab/bench/timing.py", "--growth=g", "--before=x")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     for flags in (
         ["--growth=nowhere/g"],
@@ -96,15 +98,15 @@ def test_two_measurements_at_once_are_one_line(call_script):
         ["--race=."],
         ["--decode=."],
     ):
-        done = call_script("bench.py", *flags)
+        done = call_script("lab/bench/timing.py", *flags)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    done = call_script("bench.py", "--before=nowhere")
+    done = call_script("lab/bench/timing.py", "--before=nowhere")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "git worktree add" in done.stderr
 
 
 def test_an_unknown_encoding_is_one_line(call_script):
-    done = call_script("bench.py", "--only=rop")
+    done = call_script("lab/bench/timing.py", "--only=rop")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "did you mean 'rope'" in done.stderr
 

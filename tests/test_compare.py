@@ -12,7 +12,7 @@ import torch
 from tiny import ENV, ROOT, TINY
 
 import compare
-import runs
+from core import runs
 
 LENGTHS = [8, 16, 32]
 

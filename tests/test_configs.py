@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
-import configs
 import sample
-from configs import Config
-from errors import UserError
+from core import flags as configs
+from core.errors import UserError
+from core.settings import Config
+
+
+def parse(argv):
+    return configs.parse(argv, Config)
+
 
 ROOT = Path(configs.__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
-SCRIPTS = ["data.bpe"] + [file.stem for file in sorted(ROOT.glob("*.py")) if "\nclass Options" in file.read_text()]
+SCRIPTS = ["data.bpe", "hub.export", "sample", "evaluate"]
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def write(tmp_path):
 
 def parse(*argv):
     """The settings that a command line gives, as {key: (value, type)}: 1 == 1.0 == True, but they are not the same."""
-    return {key: (value, type(value)) for key, value in configs.parse(argv)[1].items()}
+    return {key: (value, type(value)) for key, value in configs.parse(argv, Config)[1].items()}
 
 
 def mistake(call, *arguments):
@@ -52,14 +57,14 @@ def make(**settings):
 def test_files_merge_left_to_right_and_flags_win(write):
     a = write("n_layer = 1\nn_head = 1\nn_embd = 1", "a.py")
     b = write('"""A docstring."""\nn_head = 2\nn_embd = 2  # a comment', "b.py")
-    names, settings = configs.parse([a, "--n_embd=3", b])
+    names, settings = configs.parse([a, "--n_embd=3", b], Config)
     assert names == ["a", "b"] and settings == {"n_layer": 1, "n_head": 2, "n_embd": 3}
-    assert configs.parse(["--n_embd", "3", b, a])[1] == {"n_layer": 1, "n_head": 1, "n_embd": 3}
-    assert configs.parse(["--n_layer=1", "--n_layer=2"])[1] == {"n_layer": 2}
+    assert configs.parse(["--n_embd", "3", b, a], Config)[1] == {"n_layer": 1, "n_head": 1, "n_embd": 3}
+    assert configs.parse(["--n_layer=1", "--n_layer=2"], Config)[1] == {"n_layer": 2}
 
 
 def test_the_last_of_two_assignments_in_a_file_counts(write):
-    assert configs.parse([write("n_layer = 1\nn_layer = 2")])[1] == {"n_layer": 2}
+    assert configs.parse([write("n_layer = 1\nn_layer = 2")], Config)[1] == {"n_layer": 2}
 
 
 # Values, in flags and files.
@@ -179,15 +184,15 @@ def test_code_in_a_config_file_is_refused_and_does_not_run(write, tmp_path, code
     compile(code, "mine.py", "exec")  # it is Python: what refuses it is not its syntax
     file = write(f'"""A config."""\nn_layer = 2\n{code}\n')
     line = 4 if code.startswith("@") else 3  # of a decorated function Python gives the line of its `def`
-    assert mistake(configs.parse, [file]).startswith(f"{file}, line {line}: ")
+    assert mistake(parse, [file]).startswith(f"{file}, line {line}: ")
     assert not mark.exists()
 
 
 def test_code_in_a_flag_does_not_run(tmp_path):
     mark = tmp_path / "ran"
     for key in ("n_layer", "bias", "length_schedule", "compile"):
-        assert mistake(configs.parse, [f"--{key}=open({str(mark)!r}, 'w')"]).startswith(f"--{key}: ")
-    assert configs.parse([f"--out_dir=open({str(mark)!r}, 'w')"])[1]["out_dir"].startswith("open(")
+        assert mistake(parse, [f"--{key}=open({str(mark)!r}, 'w')"]).startswith(f"--{key}: ")
+    assert configs.parse([f"--out_dir=open({str(mark)!r}, 'w')"], Config)[1]["out_dir"].startswith("open(")
     assert not mark.exists()
 
 
@@ -209,8 +214,8 @@ def test_code_in_a_flag_does_not_run(tmp_path):
 def test_numbers_beyond_reason_are_refused_at_once(write, number):
     for key in ("n_layer", "learning_rate"):
         file = write(f"{key} = {number}")
-        assert mistake(configs.parse, [file]).startswith(f"{file}, line 1: ")
-        assert mistake(configs.parse, [f"--{key}={number}"]).startswith(f"--{key}: ")
+        assert mistake(parse, [file]).startswith(f"{file}, line 1: ")
+        assert mistake(parse, [f"--{key}={number}"]).startswith(f"--{key}: ")
 
 
 # Mistakes.
@@ -221,18 +226,18 @@ def test_numbers_beyond_reason_are_refused_at_once(write, number):
 )
 def test_unknown_key_names_the_nearest(write, wrong, meant):
     file = write(f"n_head = 2\n\n{wrong} = 1")
-    said = mistake(configs.parse, [file])
+    said = mistake(parse, [file])
     assert said.startswith(f"{file}, line 3: ") and f"'{wrong}'" in said and f"did you mean '{meant}'?" in said
-    said = mistake(configs.parse, [f"--{wrong}=1"])
+    said = mistake(parse, [f"--{wrong}=1"])
     assert f"--{wrong}" in said and f"did you mean '{meant}'?" in said
 
 
 @pytest.mark.parametrize("key", ["usage", "phases", "kv_heads", "__class__", "__post_init__"])
 def test_what_is_no_setting_cannot_be_set(write, key):
     """Names of the class that are not its fields."""
-    assert f"unknown key '{key}'" in mistake(configs.parse, [write(f"{key} = 'x'")])
-    assert f"unknown key '{key}'" in mistake(configs.parse, [f"--{key}=x"])
-    assert f"unknown key '{key}'" in mistake(configs.parse, [f"--{key}"])
+    assert f"unknown key '{key}'" in mistake(parse, [write(f"{key} = 'x'")])
+    assert f"unknown key '{key}'" in mistake(parse, [f"--{key}=x"])
+    assert f"unknown key '{key}'" in mistake(parse, [f"--{key}"])
 
 
 @pytest.mark.parametrize(
@@ -257,9 +262,9 @@ def test_what_is_no_setting_cannot_be_set(write, key):
 )
 def test_wrong_type_names_the_place_and_what_is_expected(write, key, value, expected):
     file = write(f"\n{key} = {value}")
-    said = mistake(configs.parse, [file])
+    said = mistake(parse, [file])
     assert said.startswith(f"{file}, line 2: ") and key in said and expected in said
-    said = mistake(configs.parse, [f"--{key}={value}"])
+    said = mistake(parse, [f"--{key}={value}"])
     assert said.startswith(f"--{key}: ") and expected in said
 
 
@@ -267,7 +272,7 @@ def test_wrong_type_names_the_place_and_what_is_expected(write, key, value, expe
     "line", ["out_dir = 3", "out_dir = None", "posenc = 3", "posenc = True", "text = {}", "dataset = 1"]
 )
 def test_files_put_text_in_quotes(write, line):
-    assert ", line 1: " in mistake(configs.parse, [write(line)])
+    assert ", line 1: " in mistake(parse, [write(line)])
 
 
 @pytest.mark.parametrize("text", [[3], [None], [["a"]]])
@@ -277,18 +282,18 @@ def test_a_list_of_texts_holds_names(text):
 
 def test_a_flag_without_its_value_says_how_to_write_it():
     for argv in (["--n_layer"], ["--n_layer", "--n_head=2"]):
-        said = mistake(configs.parse, argv)
+        said = mistake(parse, argv)
         assert "--n_layer needs a value" in said and "--n_layer=4" in said
 
 
 def test_a_flag_with_one_dash_is_told_to_take_two():
-    assert "write --max_steps=5" in mistake(configs.parse, ["-max_steps=5"])
+    assert "write --max_steps=5" in mistake(parse, ["-max_steps=5"])
 
 
 def test_missing_config_file_names_the_nearest():
-    said = mistake(configs.parse, ["configs/ropes.py"])
+    said = mistake(parse, ["configs/ropes.py"])
     assert "configs/ropes.py" in said and "did you mean 'configs/rope.py'?" in said
-    assert "configs/alibi.py" in mistake(configs.parse, ["nothing like it"])
+    assert "configs/alibi.py" in mistake(parse, ["nothing like it"])
 
 
 @pytest.mark.parametrize(
@@ -304,15 +309,15 @@ def test_missing_config_file_names_the_nearest():
     ],
 )
 def test_what_is_no_python_text_is_refused(write, content):
-    assert write(content) in mistake(configs.parse, [write(content)])
+    assert write(content) in mistake(parse, [write(content)])
 
 
 def test_a_folder_is_no_config_file(tmp_path):
-    assert str(tmp_path) in mistake(configs.parse, [str(tmp_path)])
+    assert str(tmp_path) in mistake(parse, [str(tmp_path)])
 
 
 def test_empty_config_file_changes_nothing(write):
-    assert configs.parse([write("")])[1] == configs.parse([write("# a comment\n")])[1] == {}
+    assert configs.parse([write("")], Config)[1] == configs.parse([write("# a comment\n")], Config)[1] == {}
 
 
 # What does not fit together.
@@ -398,20 +403,22 @@ def test_help_lists_the_choices():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_shipped_file_makes_a_config(file):
-    settings = configs.parse([str(file)])[1]
+    settings = configs.parse([str(file)], Config)[1]
     config = configs.make(Config, settings)
     assert settings and all(getattr(config, key) == value for key, value in settings.items())
 
 
 def test_encodings_compose_with_all_other_shipped_files():
     """What (a file that sets posenc alone) and how big (all others)."""
-    settings = {file: configs.parse([str(file)])[1] for file in FILES}
+    settings = {file: configs.parse([str(file)], Config)[1] for file in FILES}
     encodings = [file for file in FILES if settings[file].keys() == {"posenc"}]
     others = [file for file in FILES if "posenc" not in settings[file]]
     assert {"rope", "alibi", "learned", "none", "t5", "sinusoidal"} <= {file.stem for file in encodings}
     for what in encodings:
         for big in others:
-            one, other = (configs.make(Config, configs.parse(map(str, pair))[1]) for pair in ((what, big), (big, what)))
+            one, other = (
+                configs.make(Config, configs.parse(map(str, pair), Config)[1]) for pair in ((what, big), (big, what))
+            )
             assert one == other and one.posenc == settings[what]["posenc"]
             assert json.loads(json.dumps(dataclasses.asdict(one)))  # plain values, as config.json wants them
 

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 import data
-from configs import Config
-from data import fineweb, ptb, python, shakespeare, text, tokenizer, wikitext2
-from errors import UserError
+from core.errors import UserError
+from core.settings import Config
+from data import fineweb, ptb, python, shakespeare, text, vocabulary, wikitext2
 
 ROOT = Path(data.__file__).parent.parent
 END = 256  # the end-of-text token of the bytes
@@ -33,7 +33,7 @@ def config_of(folder, source=None, **settings):
 
 
 def open_dataset(config):
-    return data.open_dataset(config, tokenizer.load(config.tokenizer))
+    return data.open_dataset(config, vocabulary.load(config.tokenizer))
 
 
 def mistake(config):
@@ -217,7 +217,7 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, corpus, vocabulary, d
     ranks = {bytes([byte]): byte for byte in range(256)}
     for number in range(vocabulary - 257):
         ranks[b"\xff" + number.to_bytes(2, "big")] = len(ranks)
-    encoding = tokenizer.make("wide", r"(?s:.)", ranks)
+    encoding = vocabulary.make("wide", r"(?s:.)", ranks)
     config = config_of(tmp_path, corpus)
     for _ in range(2):  # prepared, then opened again
         opened = data.open_dataset(config, encoding)
@@ -248,7 +248,7 @@ def test_another_text_gets_another_folder(tmp_path, corpus, dataset, change):
 def test_every_tokenizer_gets_its_own_folder(tmp_path, corpus, dataset):
     other = open_dataset(config_of(tmp_path, corpus, tokenizer="bpe"))
     assert other.folder != dataset.folder and other.meta["vocab_size"] == 4096
-    decoded = [tokenizer.load("bpe").decode_bytes(getattr(other, split)[:-1].tolist()) for split in ("train", "val")]
+    decoded = [vocabulary.load("bpe").decode_bytes(getattr(other, split)[:-1].tolist()) for split in ("train", "val")]
     assert b"".join(decoded) == corpus.read_bytes()
 
 
@@ -338,7 +338,7 @@ def test_a_killed_preparation_is_not_taken_for_a_whole_one(tmp_path, corpus):
 import os, signal, sys
 from types import SimpleNamespace
 import data
-from data import text, tokenizer
+from data import text, vocabulary
 
 def documents(config):
     yield "train", "half a text " * 10000
@@ -347,7 +347,7 @@ def documents(config):
 
 text.documents = documents
 config = SimpleNamespace(dataset="text", text=sys.argv[1], tokenizer="bytes", data_dir=sys.argv[2], phases=[(0, 8)])
-data.open_dataset(config, tokenizer.load("bytes"))
+data.open_dataset(config, vocabulary.load("bytes"))
 """
     command = [sys.executable, "-c", code, str(corpus), str(tmp_path / "data")]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -9
@@ -662,8 +662,8 @@ def shards(tmp_path, monkeypatch):
     """FineWeb of two small shards and a validation shard, under a GPT-2 that knows single bytes alone."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {b"\xff" + number.to_bytes(2, "big"): 256 + number for number in range(fineweb.END - 256)}
-    gpt2, load = tokenizer.make("gpt2", r"(?s:.)", ranks), tokenizer.load
-    monkeypatch.setattr(tokenizer, "load", lambda name: gpt2 if name == "gpt2" else load(name))
+    gpt2, load = vocabulary.make("gpt2", r"(?s:.)", ranks), vocabulary.load
+    monkeypatch.setattr(vocabulary, "load", lambda name: gpt2 if name == "gpt2" else load(name))
     listed = []
     for name, tail, documents in (
         ("one", b"", [b"first page", "zweite Seite, naïve".encode(), b"third"]),

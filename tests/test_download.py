@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
+from core.errors import UserError
 from data import download
-from errors import UserError
 
 BODY = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -10,8 +10,8 @@ SCRIPT = f"""
 import sys
 
 sys.path.insert(0, {str(ROOT)!r})
-import device
-import errors
+from core import place as device
+from core import errors
 
 errors.PATIENCE = 3
 

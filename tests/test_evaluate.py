@@ -10,11 +10,11 @@ import torch
 import data
 import evaluate
 import model as model_module
-import report
-from device import Device
+from core import report
+from core.place import Place
 from model import GPT, GPTConfig
 
-CPU = Device(torch.device("cpu"), torch.float32)
+CPU = Place(torch.device("cpu"), torch.float32)
 
 
 FEW = (0.5, 1, 1.5, 2, 4, 8)
@@ -273,7 +273,7 @@ def test_lengths_in_tokens_score_the_same_targets_within_the_shortest():
 
 
 def test_a_prepared_model_computes_what_autocast_would():
-    device = Device(torch.device("cpu"), torch.bfloat16)
+    device = Place(torch.device("cpu"), torch.bfloat16)
     for posenc, tied in (("fire", False), ("rope", True), ("alibi", False)):
         model = GPT(GPTConfig(posenc=posenc, vocab_size=30, tie_embeddings=tied, zero_init=False), seed=1).eval()
         tokens = torch.arange(40)[None] % 30
@@ -315,7 +315,7 @@ def test_write_table_leaves_the_rest_of_the_page_alone(tmp_path):
     page = tmp_path / "page.md"
     for between in ("", "| old |\n", "<!-- bench -->\n\n"):
         page.write_text(f"before\n<!-- x -->\n{between}<!-- /x -->\nafter\n")
-        report.write_table(page, "x", ["| \\1 |"], "python x.py", torch.device("cpu"))
+        report.write_table(page, "x", ["| \\1 |"], "python x.py", CPU)
         text = page.read_text()
         assert text.startswith("before\n<!-- x -->\n| \\1 |\n\nMade by")
         assert text.endswith(".\n<!-- /x -->\nafter\n")
@@ -324,11 +324,11 @@ def test_write_table_leaves_the_rest_of_the_page_alone(tmp_path):
 
 def test_write_table_takes_a_name_as_it_is(tmp_path):
     (tmp_path / "page.md").write_text("before\n<!-- c++ (2) -->\n<!-- /c++ (2) -->\n")
-    report.write_table(tmp_path / "page.md", "c++ (2)", ["| a |"], "python x.py", torch.device("cpu"))
+    report.write_table(tmp_path / "page.md", "c++ (2)", ["| a |"], "python x.py", CPU)
     assert (tmp_path / "page.md").read_text().startswith("before\n<!-- c++ (2) -->\n| a |\n")
 
 
 def test_write_table_without_markers_is_the_whole_file(tmp_path):
-    report.write_table(tmp_path / "new.md", "bench", ["| a |"], "python x.py", torch.device("cpu"), seed=3)
+    report.write_table(tmp_path / "new.md", "bench", ["| a |"], "python x.py", CPU, seed=3)
     text = (tmp_path / "new.md").read_text()
     assert text.startswith("| a |\n\nMade by `python x.py`: seed 3, commit ")

@@ -19,12 +19,13 @@ pytest.importorskip("tokenizers", reason=WHY)
 import tiktoken
 from tiny import ENV, ROOT
 
-import export
-import hf
-import runs
-from configs import Config, make, read
-from data import bpe, tokenizer, tokenizer_json
-from errors import UserError
+from core import runs
+from core.errors import UserError
+from core.flags import make, read
+from core.settings import Config
+from data import bpe, tokenizer_json, vocabulary
+from hub import export
+from hub import load as hf
 from posenc import every
 
 T = 16
@@ -44,14 +45,14 @@ TEXTS = [
 
 def save(folder, tokens="bytes", **settings):
     """A run folder of a tiny model whose parameters are all random, and that model."""
-    encoding = tokenizer.load(tokens)
+    encoding = vocabulary.load(tokens)
     config = make(Config, SMALL | {"vocab_size": encoding.n_vocab + 3, "tokenizer": tokens} | settings)
     model, generator = runs.build(config).eval(), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
     state = {"model": model.state_dict(), "step": 0, "config": dataclasses.asdict(config)}
     folder.mkdir()
-    runs.save(folder, runs.CKPT, state | {"tokenizer_fingerprint": tokenizer.fingerprint(encoding)})
+    runs.save(folder, runs.CKPT, state | {"tokenizer_fingerprint": vocabulary.fingerprint(encoding)})
     return model
 
 
@@ -95,7 +96,7 @@ MODELS = [
 @pytest.mark.parametrize(("kind", "settings"), MODELS)
 def test_every_family_computes_the_same(kind, settings, tmp_path, call_script):
     model = save(tmp_path / "run", **settings)
-    done = call_script("export.py", tmp_path / "run", tmp_path / "there")
+    done = call_script("hub/export.py", tmp_path / "run", tmp_path / "there")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"next: python sample.py hf:{tmp_path / 'there'} --prompt=...\n")
     assert written(tmp_path / "there")["model_type"] == kind
@@ -125,14 +126,14 @@ def test_every_scaling_of_rope_computes_the_same(spec, original, tmp_path):
 
 
 def test_a_scaling_laid_over_the_run_is_written(trained, tmp_path, call_script):
-    done = call_script("export.py", trained, "there", '--posenc=rope(scaling="yarn", factor=4)')
+    done = call_script("hub/export.py", trained, "there", '--posenc=rope(scaling="yarn", factor=4)')
     assert done.returncode == 0, done.stderr
     assert written(tmp_path / "there")["rope_scaling"]["rope_type"] == "yarn"
     check(runs.open_run(trained, override='rope(scaling="yarn", factor=4)').model, tmp_path / "there")
 
 
 def test_a_trained_run_goes_out_and_is_sampled_from(trained, tmp_path, run_script):
-    done = run_script("export.py", trained, "a/there")
+    done = run_script("hub/export.py", trained, "a/there")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "a/there").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -151,7 +152,7 @@ def test_tokenizers_give_the_same_ids(tokens, kind, tmp_path):
     save(tmp_path / "run", tokens, **settings)
     export.main([str(tmp_path / "run"), str(tmp_path / "there")])
     assert written(tmp_path / "there")["model_type"] == kind
-    encoding, theirs = tokenizer.load(tokens), transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
+    encoding, theirs = vocabulary.load(tokens), transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
     for text in TEXTS:
         assert theirs(text).input_ids == encoding.encode_ordinary(text)
         assert theirs.decode(encoding.encode_ordinary(text)) == text
@@ -159,7 +160,7 @@ def test_tokenizers_give_the_same_ids(tokens, kind, tmp_path):
     assert theirs("a<|endoftext|>").input_ids == [*encoding.encode_ordinary("a"), end]
     assert theirs.eos_token_id == theirs.bos_token_id == written(tmp_path / "there")["eos_token_id"] == end
     assert theirs.model_max_length == T
-    assert tokenizer.fingerprint(hf.load_tokenizer(f"hf:{tmp_path / 'there'}")) == tokenizer.fingerprint(encoding)
+    assert vocabulary.fingerprint(hf.load_tokenizer(f"hf:{tmp_path / 'there'}")) == vocabulary.fingerprint(encoding)
 
 
 PATTERNS = {  # as tiktoken writes them
@@ -221,7 +222,7 @@ OBSTACLES = [
 @pytest.mark.parametrize(("settings", "nearest", "named"), OBSTACLES)
 def test_what_stands_in_the_way_is_named_in_one_line(settings, nearest, named, tmp_path, call_script):
     save(tmp_path / "run", **settings)
-    done = call_script("export.py", tmp_path / "run", "there")
+    done = call_script("hub/export.py", tmp_path / "run", "there")
     assert done.returncode == 2
     assert done.stderr == (
         f"export.py: no published family has models with these settings; the nearest is {nearest}, but for {named}\n"
@@ -230,7 +231,7 @@ def test_what_stands_in_the_way_is_named_in_one_line(settings, nearest, named, t
 
 
 def test_numbers_and_disks_have_ends(trained, tmp_path, call_script, monkeypatch):
-    done = call_script("export.py", trained, "there", '--posenc=rope(scaling="ntk", factor=1e29, base=1e29)')
+    done = call_script("hub/export.py", trained, "there", '--posenc=rope(scaling="ntk", factor=1e29, base=1e29)')
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "numbers go to 1e30" in done.stderr
 
@@ -238,7 +239,7 @@ def test_numbers_and_disks_have_ends(trained, tmp_path, call_script, monkeypatch
         raise export.SafetensorError("No space left on device")
 
     monkeypatch.setattr(export, "save_file", full)
-    done = call_script("export.py", trained, "there")
+    done = call_script("hub/export.py", trained, "there")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.endswith("model.safetensors cannot be written: No space left on device\n")
     assert not (tmp_path / "there").exists()
@@ -249,23 +250,23 @@ def test_a_folder_with_something_in_it_is_left_alone(trained, tmp_path, call_scr
     (tmp_path / "there/notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("there", "file"):
-        done = call_script("export.py", trained, name)
+        done = call_script("hub/export.py", trained, name)
         assert (done.returncode, done.stderr) == (2, f"export.py: {name} holds something already; name a new folder\n")
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["notes.txt"]
     (tmp_path / "there/notes.txt").unlink()
-    assert call_script("export.py", trained, "there").returncode == 0  # an empty one will do
+    assert call_script("hub/export.py", trained, "there").returncode == 0  # an empty one will do
     assert (tmp_path / "there/config.json").exists()
 
 
 def test_a_killed_export_leaves_no_folder(trained, tmp_path, call_script):
     die = "export.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
-    kill = f"import os, signal, export; {die}; export.main({{!r}})"
+    kill = f"import os, signal; from hub import export; {die}; export.main({{!r}})"
     argv = [str(trained), str(tmp_path / "there")]
     killed = subprocess.run([sys.executable, "-c", kill.format(argv)], cwd=ROOT, env=ENV, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["there.part"]
     assert not (tmp_path / "there.part/model.safetensors").exists()
-    assert call_script("export.py", *argv).returncode == 0
+    assert call_script("hub/export.py", *argv).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     check(runs.open_run(trained).model, tmp_path / "there")
 
@@ -280,7 +281,7 @@ def test_a_killed_export_leaves_no_folder(trained, tmp_path, call_script):
     ],
 )
 def test_mistakes_are_one_line(argv, said, tmp_path, call_script):
-    done = call_script("export.py", *argv)
+    done = call_script("hub/export.py", *argv)
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
@@ -288,14 +289,14 @@ def test_mistakes_are_one_line(argv, said, tmp_path, call_script):
 
 
 def test_help(call_script):
-    done = call_script("export.py", "--help")
+    done = call_script("hub/export.py", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: python export.py RUN FOLDER")
 
 
 def test_without_the_extra_it_says_what_to_install(trained, call_script, monkeypatch):
     monkeypatch.setattr(hf, "tokenizer_json", None)
-    done = call_script("export.py", trained, "there")
+    done = call_script("hub/export.py", trained, "there")
     assert done.returncode == 2
     assert done.stderr.endswith("pip install -r requirements-hf.txt\n")
 

@@ -3,8 +3,8 @@
 import torch
 from tiny import TINY
 
-import gallery
 import posenc
+from lab import gallery
 
 SIZES = dict(n_embd=32, n_head=4, n_kv_head=2, head_dim=8, train_length=16)
 
@@ -37,7 +37,7 @@ def test_every_encoding_has_a_picture(tmp_path):
 def test_the_command_trains_measures_and_writes_the_page_and_goes_on_from_there(corpus, tmp_path, call_script):
     settings = TINY | {"text": corpus, "data_dir": corpus.parent / "data", "max_steps": 4, "rounds": 1, "targets": 2}
     flags = [f"--{key}={value}" for key, value in settings.items()] + ["--decode_tokens=2", "--only=learned"]
-    done = call_script("gallery.py", *flags, f"--runs_dir={tmp_path}/runs", f"--docs={tmp_path}")
+    done = call_script("lab/gallery.py", *flags, f"--runs_dir={tmp_path}/runs", f"--docs={tmp_path}")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "encodings.md").read_text()
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")]
@@ -50,5 +50,5 @@ def test_the_command_trains_measures_and_writes_the_page_and_goes_on_from_there(
         assert f"(encodings/{spec}.png)" in page
         assert (tmp_path / "encodings" / f"{spec}.png").exists()
     stamps = {file: file.stat().st_mtime for file in tmp_path.glob("runs/*/ckpt.pt")}
-    call_script("gallery.py", *flags, f"--runs_dir={tmp_path}/runs", f"--docs={tmp_path}")
+    call_script("lab/gallery.py", *flags, f"--runs_dir={tmp_path}/runs", f"--docs={tmp_path}")
     assert stamps == {file: file.stat().st_mtime for file in tmp_path.glob("runs/*/ckpt.pt")}

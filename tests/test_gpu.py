@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 
-import bench
-import gpu
-from device import Device
+from core.place import Place
+from lab.bench import gpu
+from lab.bench import timing as bench
 from model import GPT, GPTConfig
 
-CPU = Device(torch.device("cpu"), torch.float32)
+CPU = Place(torch.device("cpu"), torch.float32)
 TINY = bench.Bench(
     gpu=True, vocab_size=20, n_layer=1, n_embd=16, n_head=2, train_length=8, batch_size=2, rounds=1, tie_embeddings=True
 )
@@ -115,13 +115,13 @@ def test_a_token_reads_tied_embeddings_once_and_others_not_at_all():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_a_gpu_it_says_so_in_a_line(call_script):
-    done = call_script("bench.py", "--gpu")
+    done = call_script("lab/bench/timing.py", "--gpu")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "needs an NVIDIA GPU" in done.stderr
 
 
 def test_a_checkout_that_is_none_is_a_line(call_script):
     for flags in (["--nanogpt=."], ["--gpu", "--nanogpt=nowhere"]):
-        done = call_script("bench.py", *flags)
+        done = call_script("lab/bench/timing.py", *flags)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert "--nanogpt" in done.stderr

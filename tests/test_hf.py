@@ -22,12 +22,12 @@ tokenizers = pytest.importorskip("tokenizers", reason="needs the extra: pip inst
 safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra: pip install -r requirements-hf.txt")
 
 import data
-import hf
 import posenc
-import runs
 import sample
-from data import tokenizer
-from errors import UserError
+from core import runs
+from core.errors import UserError
+from data import vocabulary
+from hub import load as hf
 from model import Cache
 
 T, ORIGINAL, V = 64, 32, 300  # positions of the tiny models, those before a scaling, and their vocabulary
@@ -572,7 +572,7 @@ def test_tokens_are_theirs_and_give_back_the_text(plain, llama2, text):
         expected = (before + text if text else "").encode()  # the one space that sentencepiece puts before a text
         assert encoding.decode_bytes(ids) == expected
         assert inner.decode(ids, skip_special_tokens=False) == text
-        assert sum(tokenizer.byte_lengths(encoding)[ids]) == len(expected)
+        assert sum(vocabulary.byte_lengths(encoding)[ids]) == len(expected)
         assert encoding.eot_token not in ids
 
 
@@ -598,14 +598,14 @@ def test_a_text_begins_as_the_post_processor_says(tmp_path, llama2, how):
     shutil.copy(llama2 / "config.json", tmp_path)
     sentencepiece(tmp_path / "tokenizer.json", **how)
     encoding = hf.load_tokenizer(f"hf:{tmp_path}")
-    assert (tokenizer.begin(encoding), encoding.eot_token) == ([1], 2)
+    assert (vocabulary.begin(encoding), encoding.eot_token) == ([1], 2)
     long = encoding.encode_ordinary("line says " * 9)
     assert encoding.decode_bytes(long) == b" " + b"line says " * 9
     assert encoding.decode_bytes(encoding.encode_ordinary("line")) == b" line"  # not padded
 
 
 def test_nothing_begins_a_text_where_nothing_is_put_before_it(plain):
-    assert tokenizer.begin(hf.load_tokenizer(f"hf:{plain['llama']}")) == []
+    assert vocabulary.begin(hf.load_tokenizer(f"hf:{plain['llama']}")) == []
 
 
 def test_added_tokens_that_are_not_special_are_text(tmp_path, plain):
@@ -618,17 +618,17 @@ def test_added_tokens_that_are_not_special_are_text(tmp_path, plain):
     ids = encoding.encode_ordinary("line    naïve <|pad|>")
     assert {V, V + 1} < set(ids) and V + 2 not in ids
     assert encoding.decode_bytes(ids).decode() == "line    naïve <|pad|>"
-    lengths = tokenizer.byte_lengths(encoding)
+    lengths = vocabulary.byte_lengths(encoding)
     assert lengths[[0, V, V + 1, V + 2]].tolist() == [0, 4, len("naïve".encode()), 0]
 
 
 def test_tokenizers_differ_by_their_vocabulary(tmp_path, plain, llama2):
     one = [hf.load_tokenizer(f"hf:{plain[name]}") for name in ("llama", "qwen2")]
-    assert tokenizer.fingerprint(one[0]) == tokenizer.fingerprint(one[1])
+    assert vocabulary.fingerprint(one[0]) == vocabulary.fingerprint(one[1])
     shutil.copy(llama2 / "config.json", tmp_path)
     sentencepiece(tmp_path / "tokenizer.json", more=["\u2581lin"])
     other = [hf.load_tokenizer(f"hf:{folder}") for folder in (llama2, tmp_path)]
-    assert tokenizer.fingerprint(other[0]) != tokenizer.fingerprint(other[1])
+    assert vocabulary.fingerprint(other[0]) != vocabulary.fingerprint(other[1])
 
 
 def test_prepared_documents_begin_and_end(tmp_path, llama2):
@@ -637,13 +637,13 @@ def test_prepared_documents_begin_and_end(tmp_path, llama2):
         (tmp_path / "texts" / f"{name}.txt").write_text(f"line {name} says " * 90)
     run = runs.open_run(f"hf:{llama2}")
     run.config.dataset, run.config.text, run.config.data_dir = "text", str(tmp_path / "texts"), str(tmp_path / "data")
-    dataset = data.open_dataset(run.config, run.encoding)
+    dataset = data.open_dataset(run.config, run.tokenizer)
     borders = dataset.documents("train")
     for begin, end in itertools.pairwise(borders):
         assert (dataset.train[begin], dataset.train[end - 1]) == (1, 2)
         assert (dataset.train[begin + 1 : end - 1] > 2).all()
     assert len(borders) == 3
-    text = run.encoding.decode_bytes(dataset.train[borders[0] + 1 : borders[1] - 1])
+    text = run.tokenizer.decode_bytes(dataset.train[borders[0] + 1 : borders[1] - 1])
     assert text.startswith(b" line a says line a says")
 
 

@@ -10,14 +10,14 @@ import torch
 
 import data
 import evaluate
-import inside
 import model as model_module
 import posenc
-from device import Device
-from errors import UserError
+from core.errors import UserError
+from core.place import Place
+from lab import spread as inside
 from model import GPT, Cache, GPTConfig
 
-CPU = Device(torch.device("cpu"), torch.float32)
+CPU = Place(torch.device("cpu"), torch.float32)
 T = 16
 SIZES = dict(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, train_length=T, zero_init=False)
 ROTATIONS = [
@@ -147,7 +147,7 @@ def test_chunks_and_batches_change_nothing_and_the_input_ends_before_the_last_to
 
 
 def test_half_precision_is_close():
-    half, windows = Device(torch.device("cpu"), torch.bfloat16), text(2, 41)
+    half, windows = Place(torch.device("cpu"), torch.bfloat16), text(2, 41)
     for spec in ("rope", "alibi", "cope"):
         model = make(spec).float()
         found = [inside.attention(model, windows, device, [40])["entropy"] for device in (CPU, half)]

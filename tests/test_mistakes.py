@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import posenc
-from configs import Config
+from core.settings import Config
 from model import GPT, Cache, GPTConfig, attend, visible
 
 T = 32  # the training length of the tiny models

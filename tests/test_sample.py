@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-import runs
 import sample
-from data import tokenizer
+from core import runs
+from data import vocabulary
 
 T = 16  # of the run that `trained` makes
 
@@ -48,7 +48,7 @@ def test_any_prompt_works(trained, call_script, prompt):
 
 
 def test_never_prints_half_a_character(capsys):
-    encoding, text = tokenizer.load("bytes"), "é日本👩‍👧!"
+    encoding, text = vocabulary.load("bytes"), "é日本👩‍👧!"
     stream, seen = sample.Stream(encoding), ""
     for token in encoding.encode_ordinary(text):
         stream.write([token])

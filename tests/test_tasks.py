@@ -15,25 +15,25 @@ import torch.nn.functional as F
 from test_train import metrics, same, state
 from tiny import ENV, TINY, command
 
-import configs
 import data
 import evaluate
-import probes
-from configs import Config
-from data import tokenizer
+from core import flags as configs
+from core import measure as probes
+from core.errors import UserError
+from core.place import Place
+from core.settings import Config
+from data import vocabulary
 from data.tasks import TASKS
-from device import Device
-from errors import UserError
 from model import GPT, GPTConfig, generate
 
-CPU = Device(torch.device("cpu"), torch.float32)
+CPU = Place(torch.device("cpu"), torch.float32)
 END, T = 256, 128
 NAMES = list(TASKS)
 
 
 def task_of(name, **settings):
     config = Config(dataset=name, **settings)
-    return data.open_dataset(config, tokenizer.load(config.tokenizer))
+    return data.open_dataset(config, vocabulary.load(config.tokenizer))
 
 
 def read(inputs, targets):
@@ -267,7 +267,7 @@ def test_losses_are_means_over_targets():
     counts = (y >= 0).sum(1)
     assert len(set(counts.tolist())) > 2  # a mean of means would be another number
     expected = sum(model(x, y)[y >= 0].tolist()) / int(counts.sum())
-    sizes = tokenizer.byte_lengths(tokenizer.load("bytes"))
+    sizes = vocabulary.byte_lengths(vocabulary.load("bytes"))
     for rows in (1, 4, 6):
         nats, bits = evaluate.validation_loss(model, windows, sizes, CPU, rows)
         assert nats == pytest.approx(expected) and bits == pytest.approx(expected / math.log(2))

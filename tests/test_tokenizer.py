@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from data import bpe, tokenizer
-from errors import UserError
+from core.errors import UserError
+from data import bpe, vocabulary
 
 ROOT = Path(bpe.__file__).parent.parent
 TEXTS = {
@@ -33,7 +33,7 @@ def encoding_of(*tokens, special=None):
 
 def mistake(name):
     with pytest.raises(UserError) as error:
-        tokenizer.load(name)
+        vocabulary.load(name)
     return str(error.value)
 
 
@@ -41,7 +41,7 @@ def mistake(name):
 
 
 def test_bytes_is_the_identity_on_utf8():
-    encoding = tokenizer.load("bytes")
+    encoding = vocabulary.load("bytes")
     everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     for text in (*TEXTS.values(), everything):
         ids = encoding.encode_ordinary(text)
@@ -49,7 +49,7 @@ def test_bytes_is_the_identity_on_utf8():
 
 
 def test_bytes_has_one_more_token_that_ends_a_text():
-    encoding = tokenizer.load("bytes")
+    encoding = vocabulary.load("bytes")
     assert encoding.n_vocab == 257
     assert encoding.encode_single_token("<|endoftext|>") == encoding.eot_token == 256
 
@@ -60,40 +60,40 @@ def test_bytes_has_one_more_token_that_ends_a_text():
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_encoding_loses_nothing_and_byte_lengths_say_how_much_it_is(name, text):
-    encoding = tokenizer.load(name)
+    encoding = vocabulary.load(name)
     ids = encoding.encode_ordinary(TEXTS[text])
     assert encoding.decode(ids) == TEXTS[text]
-    lengths = tokenizer.byte_lengths(encoding)
+    lengths = vocabulary.byte_lengths(encoding)
     assert lengths.shape == (encoding.n_vocab,) and lengths.dtype == "int64"
     assert lengths[ids].sum() == len(TEXTS[text].encode())
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 def test_end_of_text_is_one_id_that_no_text_gives_and_that_is_no_bytes_long(name):
-    encoding = tokenizer.load(name)
+    encoding = vocabulary.load(name)
     end = encoding.encode_single_token("<|endoftext|>")
-    assert end == encoding.n_vocab - 1 and tokenizer.byte_lengths(encoding)[end] == 0
+    assert end == encoding.n_vocab - 1 and vocabulary.byte_lengths(encoding)[end] == 0
     assert end not in encoding.encode_ordinary(TEXTS["looks special"])
 
 
 def test_ids_that_a_vocabulary_leaves_out_are_no_bytes_long():
     encoding = encoding_of(b"ab", special={"<|endoftext|>": 260, "<|other|>": 258})
-    assert tokenizer.token_bytes(encoding) == [*(bytes([b]) for b in range(256)), b"ab", *[b""] * 4]
-    assert tokenizer.byte_lengths(encoding).tolist() == [1] * 256 + [2, 0, 0, 0, 0]
+    assert vocabulary.token_bytes(encoding) == [*(bytes([b]) for b in range(256)), b"ab", *[b""] * 4]
+    assert vocabulary.byte_lengths(encoding).tolist() == [1] * 256 + [2, 0, 0, 0, 0]
 
 
 def test_bpe_is_the_shipped_vocabulary():
-    encoding = tokenizer.load("bpe")
+    encoding = vocabulary.load("bpe")
     assert encoding.n_vocab == 4096
     assert len(encoding.encode_ordinary("    def __init__(self):\n        return self\n")) < 15
-    again = tokenizer.load(str(ROOT / "data" / "python4096.tiktoken"))
-    assert tokenizer.fingerprint(again) == tokenizer.fingerprint(encoding)
+    again = vocabulary.load(str(ROOT / "data" / "python4096.tiktoken"))
+    assert vocabulary.fingerprint(again) == vocabulary.fingerprint(encoding)
 
 
 def test_a_file_is_a_tokenizer(tmp_path):
     path = tmp_path / "my.tiktoken"
     bpe.save({bytes([b]): b for b in range(256)} | {b"lo": 256, b"low": 257}, path)
-    encoding = tokenizer.load(str(path))
+    encoding = vocabulary.load(str(path))
     assert encoding.encode_ordinary("lowlot,low") == [257, 256, *b"t,", 257]
     assert encoding.encode_single_token("<|endoftext|>") == 258 == encoding.n_vocab - 1
 
@@ -103,8 +103,8 @@ def test_a_file_is_a_tokenizer(tmp_path):
 
 def test_fingerprints_differ_when_any_id_stands_for_other_bytes():
     encodings = [
-        tokenizer.load("bytes"),
-        tokenizer.load("bpe"),
+        vocabulary.load("bytes"),
+        vocabulary.load("bpe"),
         encoding_of(b"ab"),
         encoding_of(b"ac"),
         encoding_of(b"ab", b"ac"),
@@ -113,19 +113,19 @@ def test_fingerprints_differ_when_any_id_stands_for_other_bytes():
         encoding_of(b"abc", b"de"),
         encoding_of(b"ab", special={"<|endoftext|>": 259}),
     ]
-    assert len({tokenizer.fingerprint(encoding) for encoding in encodings}) == len(encodings)
+    assert len({vocabulary.fingerprint(encoding) for encoding in encodings}) == len(encodings)
 
 
 def test_fingerprint_is_of_the_vocabulary_not_of_the_name():
     other = tiktoken.Encoding(
         "other", pat_str=r"(?s:.)", mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={"<|end|>": 256}
     )
-    assert tokenizer.fingerprint(other) == tokenizer.fingerprint(tokenizer.load("bytes"))
+    assert vocabulary.fingerprint(other) == vocabulary.fingerprint(vocabulary.load("bytes"))
 
 
 def test_fingerprint_is_the_same_in_every_process():
-    code = "from data import tokenizer; print(*[tokenizer.fingerprint(tokenizer.load(n)) for n in ('bytes', 'bpe')])"
-    expected = [tokenizer.fingerprint(tokenizer.load(name)) for name in ("bytes", "bpe")]
+    code = "from data import tokenizer; print(*[vocabulary.fingerprint(vocabulary.load(n)) for n in ('bytes', 'bpe')])"
+    expected = [vocabulary.fingerprint(vocabulary.load(name)) for name in ("bytes", "bpe")]
     for seed in ("0", "1"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
@@ -161,7 +161,7 @@ def test_without_network_the_message_says_where_tiktoken_looks_for_the_file(monk
 
 def test_our_own_tokenizers_need_no_network(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: pytest.fail("asked tiktoken for a download"))
-    assert [tokenizer.load(name).n_vocab for name in ("bytes", "bpe")] == [257, 4096]
+    assert [vocabulary.load(name).n_vocab for name in ("bytes", "bpe")] == [257, 4096]
 
 
 @pytest.mark.parametrize("name", ["gtp2", "byte", "", "my_vocabulary.txt", "bytes "])

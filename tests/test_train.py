@@ -14,11 +14,11 @@ import pytest
 import torch
 from tiny import ENV, TINY, command, run
 
-import runs
 import train
-from configs import Config
-from device import Device
-from errors import UserError
+from core import runs
+from core.errors import UserError
+from core.place import Place
+from core.settings import Config
 from posenc import ENCODINGS
 
 
@@ -222,7 +222,7 @@ def test_length_schedule_keeps_tokens_per_step(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train.data, "batch", lambda *a: (seen.append((a[3], a[4], x := draw(*a))), x)[1])
     settings = TINY | {"length_schedule": {0.0: 4, 0.5: 16}, "max_steps": 4, "length_targets": 0}
     settings |= {"text": str(corpus), "data_dir": str(corpus.parent / "data"), "out_dir": str(tmp_path / "run")}
-    assert train.train(Config(**settings), Device(torch.device("cpu"), torch.float32)) == 0
+    assert train.train(Config(**settings), Place(torch.device("cpu"), torch.float32)) == 0
     assert [x.shape for _, _, (x, _) in seen] == [(32, 4)] * 2 + [(8, 16)] * 2
     assert [(key[1], step) for key, step, _ in seen] == [(0, 0), (0, 1), (1, 0), (1, 1)]  # each phase its own order
 
@@ -332,7 +332,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_checkpoint(corpus, tmp_
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     with pytest.raises(UserError, match="gradient norm nan at step 12; the last good checkpoint"):
-        train.train(Config(**settings), Device(torch.device("cpu"), torch.float32))
+        train.train(Config(**settings), Place(torch.device("cpu"), torch.float32))
     assert state(tmp_path / "run")["step"] == 8
 
 
@@ -460,4 +460,4 @@ def test_training_on_a_gpu(corpus, tmp_path, dtype, posenc):
 
 
 def test_one_process_is_its_own_sum():
-    assert Device(torch.device("cpu"), torch.float32).sum(1.0, 2.0) == (1.0, 2.0)
+    assert Place(torch.device("cpu"), torch.float32).sum(1.0, 2.0) == (1.0, 2.0)

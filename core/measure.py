@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-import report
+from core import report
 
 TASK_MULTIPLES = (0.5, 1, 1.5, 2, 3, 4)  # of the training length
 DEPTHS = (0, 0.25, 0.5, 0.75, 1)  # of the pass key in its text

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import device as devices
-
 COLOURS = ["#0b6e99", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c5c5c", "#c26a00", "#3d5a80"]
 STYLES = ["-", "--", ":"]  # one for each round of the colours
 
@@ -88,17 +86,18 @@ def markdown(heads, rows):
     return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
 
 
-def progress(total, title, device):
+def progress(total, title, place):
     """A bar over so many tokens, on the main process alone."""
-    hidden = None if device.main else True
+    hidden = None if place.main else True
     return tqdm(total=total, desc=title, unit=" tokens", unit_scale=True, leave=False, disable=hidden)
 
 
-def provenance(device):
+def provenance(place):
     """What made a number: commit, versions, hardware, date. The commit is dirty where code differs from it."""
 
     def git(*words):
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        root = Path(__file__).parent.parent
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
@@ -106,14 +105,13 @@ def provenance(device):
         commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    hardware = devices.describe(device)
-    return {"commit": commit, "torch": torch.__version__, "hardware": hardware, "date": time.strftime("%Y-%m-%d")}
+    return {"commit": commit, "torch": torch.__version__, "hardware": place.hardware, "date": time.strftime("%Y-%m-%d")}
 
 
-def write_table(path, name, lines, command, device, **more):
+def write_table(path, name, lines, command, place, **more):
     """Put Markdown lines into the file at `path`, with the command and the provenance below them: between the comments
     <!-- name --> and <!-- /name --> where the file has them, else as the whole file."""
-    made = ", ".join(f"{key} {value}" for key, value in (more | provenance(device)).items())
+    made = ", ".join(f"{key} {value}" for key, value in (more | provenance(place)).items())
     path, text = Path(path), "\n".join([*lines, "", f"Made by `{command}`: {made}."]) + "\n"
     old = path.read_text() if path.exists() else ""
     mark = re.escape(name)

@@ -6,7 +6,7 @@ hf.py has its settings.
 What would be written is read back through the tables of hf.py, and what then differs stands in the way.
 """
 
-import before_torch  # noqa: F401  # isort: skip
+import core.start  # noqa: F401  # isort: skip
 
 import dataclasses
 import shlex
@@ -17,12 +17,12 @@ from typing import ClassVar
 
 import torch
 
-import hf
 import posenc
-import runs
-from configs import flags, make
-from data import tokenizer
-from errors import UserError, run
+from core import runs
+from core.errors import UserError, run
+from core.flags import flags, make
+from data import vocabulary
+from hub import load as hf
 from model import GPTConfig, make_norm
 
 try:
@@ -163,8 +163,8 @@ def main(argv):
     opened = runs.open_run(paths[0], override=options.posenc)
     kind, cfg = choose(opened.config)
     written = GPTConfig(**hf.settings_of(cfg))
-    inner, end = hf.tokenizer_json.inner(opened.encoding), opened.encoding.eot_token
-    ends = {"bos_token": (tokenizer.begin(opened.encoding) or [end])[0], "eos_token": end}
+    inner, end = hf.tokenizer_json.inner(opened.tokenizer), opened.tokenizer.eot_token
+    ends = {"bos_token": (vocabulary.begin(opened.tokenizer) or [end])[0], "eos_token": end}
     cfg |= {f"{key}_id": id for key, id in ends.items()} | {"pad_token_id": None, "torch_dtype": "float32"}
     about = {key: inner.id_to_token(id) for key, id in ends.items()}
     about |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": written.train_length}

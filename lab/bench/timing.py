@@ -13,7 +13,7 @@ Encodings take turns, round after round, and each figure is the median of its ro
 run hold. Memory is the peak of a process of its own.
 """
 
-import before_torch  # noqa: F401  # isort: skip
+import core.start  # noqa: F401  # isort: skip
 
 import concurrent.futures
 import contextlib
@@ -32,17 +32,15 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
-import configs
-import device as devices
-import optimizers
-import race
-import report
-import runs
-from configs import Config
-from data import tokenizer
-from errors import UserError, run
-from model import Cache, generate, pieces, require
-from posenc import ENCODINGS, nearest
+from core import flags as configs
+from core import optimizers, report, runs
+from core import place as places
+from core.errors import UserError, nearest, require, run
+from core.settings import Config
+from data import vocabulary
+from lab.bench import race
+from model import Cache, generate, pieces
+from posenc import ENCODINGS
 
 LONG = 16  # the long context, in training lengths
 CONTEXT = 1024  # where decoding from a cache is compared with computing the whole context anew
@@ -100,7 +98,7 @@ def training_step(config, device, steps=1):
     """A function that trains so many steps on random tokens before it waits for the GPU, and the number of those."""
     model = runs.build(config, device.device)
     updaters = optimizers.make(model, config, device)
-    forward, _ = devices.compiled(model, config.compile, device.device)
+    forward, _ = places.compiled(model, config.compile, device)
     tokens = torch.randint(config.vocab_size, (config.batch_size, config.train_length), device=device.device)
 
     def step():
@@ -154,7 +152,7 @@ def median_times(functions, rounds):
 
 def peak_memory(config):
     """MiB at the peak of three training steps; of the whole process, so call it in one of its own."""
-    device = devices.choose(config.device, config.dtype)
+    device = places.choose(config.device, config.dtype)
     step, _ = training_step(config, device)
     for _ in range(3):
         step()
@@ -163,7 +161,7 @@ def peak_memory(config):
 
 def decoding_memory(config, context, count, window):
     """The same of decoding."""
-    device = devices.choose(config.device, config.dtype, inference=True)
+    device = places.choose(config.device, config.dtype, inference=True)
     decoder(config, device, context, count, window)()
     return peak(device)
 
@@ -187,8 +185,8 @@ def in_own_process(function, *arguments):
 
 def every_encoding(config):
     """The table of all encodings, and two lines: against recomputing, and against what products alone would take."""
-    device = devices.choose(config.device, config.dtype)
-    serving = devices.choose(config.device, config.dtype, inference=True)
+    device = places.choose(config.device, config.dtype)
+    serving = places.choose(config.device, config.dtype, inference=True)
     T, names = config.train_length, chosen(config.only)
     lengths = (T, LONG * T)
 
@@ -266,7 +264,7 @@ def against_recomputing(config, device):
 # Answers questions on its standard input, one a line: the seconds of a training step of the checkout in its folder.
 STEPS = """
 import json, sys
-import before_torch, time, bench, configs, device
+import core.start, time, bench, configs, device
 config, here = configs.make(bench.Bench, json.loads(sys.argv[1])), device.choose("cpu")
 steps = {}
 for line in sys.stdin:
@@ -288,7 +286,7 @@ def before_and_after(config):
         )
     known = {field.name for field in dataclasses.fields(Config)}
     given = {key: value for key, value in dataclasses.asdict(config).items() if key in known} | {"length_schedule": {}}
-    folders = {"before": config.before, "after": Path(__file__).parent}
+    folders = {"before": config.before, "after": Path(__file__).parent.parent.parent}
     workers = {
         key: subprocess.Popen(
             [sys.executable, "-c", STEPS, json.dumps(given)],
@@ -341,8 +339,8 @@ def growth(config):
     """Time and memory as one size after another grows, of a training step and of decoding a token -> lines of a table,
     and two pictures."""
     base = dataclasses.replace(config, batch_size=4, micro_batch_size=0, length_schedule={})
-    device = devices.choose(config.device, config.dtype)
-    serving = devices.choose(config.device, config.dtype, inference=True)
+    device = places.choose(config.device, config.dtype)
+    serving = places.choose(config.device, config.dtype, inference=True)
     factors, T, count = (1, 4, 16, 64, 256), config.train_length, config.decode_tokens
     spans = {"context": None, "context, with a window": T}
     sizes = {
@@ -375,9 +373,9 @@ def growth(config):
 
 
 def one_gpu(config):
-    import gpu  # which measures with what is defined here
+    from lab.bench import gpu  # which measures with what is defined here
 
-    device = devices.choose(config.device, config.dtype)
+    device = places.choose(config.device, config.dtype)
     gpu.need_cuda(device)
     return gpu.measure(config, device, chosen(config.only) if config.only else gpu.NAMES)
 
@@ -385,9 +383,9 @@ def one_gpu(config):
 def main(argv):
     _, settings = configs.parse(argv, Bench)
     if settings.get("gpu"):
-        _, settings = configs.parse([str(Path(configs.__file__).with_name("gpt2.py")), *argv], Bench)
+        _, settings = configs.parse([str(Path("configs/gpt2.py")), *argv], Bench)
     config = configs.make(Bench, settings)
-    config.vocab_size = config.vocab_size or tokenizer.load(config.tokenizer).n_vocab
+    config.vocab_size = config.vocab_size or vocabulary.load(config.tokenizer).n_vocab
     asked = [name for name in KINDS if getattr(config, name)]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two measurements; take one at a time")
@@ -397,9 +395,9 @@ def main(argv):
     print("\n".join(lines))
     if config.table:
         on_cpu = name in ("race", "decode", "published", "before")  # each side in its own precision
-        device = devices.choose("cpu" if on_cpu else config.device, config.dtype)
+        device = places.choose("cpu" if on_cpu else config.device, config.dtype)
         more = {} if on_cpu else {"dtype": device.dtype_name}
-        report.write_table(config.table, name, lines, " ".join(["python bench.py", *argv]), device.device, **more)
+        report.write_table(config.table, name, lines, " ".join(["python bench.py", *argv]), device, **more)
 
 
 KINDS = {

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 import posenc
-from configs import Config, convert
-from data import tokenizer
-from errors import UserError
-from model import GPT, require
+from core.errors import UserError, require
+from core.flags import convert
+from core.settings import Config
+from data import vocabulary
+from model import GPT
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -439,7 +440,7 @@ def load(name):
         "model": weights(folder, cfg, config),
         "step": 0,
         "config": dataclasses.asdict(config),
-        "tokenizer_fingerprint": tokenizer.fingerprint(encoding),
+        "tokenizer_fingerprint": vocabulary.fingerprint(encoding),
     }
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from core.errors import UserError
 
 
 @dataclass
-class Device:
+class Place:
     """One process's place in a run."""
 
     device: torch.device
@@ -73,9 +73,24 @@ class Device:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
+    @property
+    def hardware(self):
+        """The hardware in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+    @property
+    def peak(self):
+        """FLOP/s of dense bfloat16 products that the hardware can reach, or None where it is not known."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((value for key, value in PEAK.items() if re.search(rf"\b{key}\b", name)), None)
+
 
 def choose(device="auto", dtype="auto", inference=False):
-    """Settings -> Device. Joins the process group when `torchrun` started this process.
+    """Settings -> Place. Joins the process group when `torchrun` started this process.
 
     auto takes CUDA, then MPS, then the CPU; and bfloat16 where the hardware multiplies it, else float16 on CUDA, else
     float32. Decoding on the CPU is bound by memory and gains nothing from bfloat16, so `inference` takes float32 there.
@@ -108,7 +123,7 @@ def choose(device="auto", dtype="auto", inference=False):
         dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=chosen if cuda else None)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     chosen_dtype = best_dtype(chosen, inference) if dtype == "auto" else dtypes[dtype]
-    return Device(chosen, chosen_dtype, rank, world, local_rank)
+    return Place(chosen, chosen_dtype, rank, world, local_rank)
 
 
 def best_dtype(device, inference):
@@ -124,13 +139,6 @@ def cpu_has_bfloat16():
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
-def describe(device):
-    """The hardware in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
-
-
 def cpu_name():
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -139,18 +147,19 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-def compiled(model, wanted, device, decoding=False):
+def compiled(model, wanted, place, decoding=False):
     """(the model, compiled if that is wanted and possible; a line that says why it is not, or None).
 
     wanted: the setting `compile`, True, False or "auto", which means on CUDA. decoding: for one token at a time, where
     CUDA replays all of its kernels as one graph.
     """
-    if wanted is False or (wanted == "auto" and device.type != "cuda"):
+    if wanted is False or (wanted == "auto" and place.device.type != "cuda"):
         return model, None
-    if missing := no_compiler(device):
+    if missing := no_compiler(place.device):
         return model, f"{missing} here: going on without torch.compile"
     if decoding:
-        return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None), None
+        mode = "reduce-overhead" if place.device.type == "cuda" else None
+        return torch.compile(model, dynamic=False, mode=mode), None
     return torch.compile(model), None
 
 
@@ -171,20 +180,12 @@ PEAK = {
 }  # fmt: skip
 
 
-def peak(device):
-    """FLOP/s that the hardware can reach, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((value for key, value in PEAK.items() if re.search(rf"\b{key}\b", name)), None)
-
-
 class Stop:
     """SIGTERM and Ctrl-C ask the run to finish its step, save and leave; a second Ctrl-C ends it at once."""
 
-    def __init__(self, device):
+    def __init__(self, place):
         self.signal, self.group = 0, None
-        if device.world > 1:  # a group of its own on the CPU, so that asking costs the GPU no synchronisation
+        if place.world > 1:  # a group of its own on the CPU, so that asking costs the GPU no synchronisation
             self.group = dist.new_group(backend="gloo")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)

@@ -1,5 +1,6 @@
 """A mistake the user can mend is one clear line on stderr and exit status 2, never a traceback."""
 
+import difflib
 import os
 import signal
 import sys
@@ -10,6 +11,17 @@ PATIENCE = 10  # seconds in which torchrun has certainly ended the processes tha
 
 class UserError(Exception):
     """What is wrong, and what to type instead, in one line."""
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def nearest(word, known, cutoff=0.6):
+    """'did you mean X?', or all that is known where nothing is as similar as `cutoff`."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f"did you mean '{match[0]}'?" if match else f"choose from {', '.join(known)}"
 
 
 def run(main):

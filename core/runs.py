@@ -14,12 +14,12 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-import hf
 import posenc
-import report
-from configs import Config, make
-from data import tokenizer
-from errors import UserError
+from core import report
+from core.errors import UserError, nearest
+from core.flags import make
+from core.settings import Config
+from data import vocabulary
 from model import GPT
 
 try:
@@ -27,6 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+PUBLISHED = "hf:"  # what a published model's name begins with
 CKPT, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "best.pt"
 LOCK = "train.lock"
 
@@ -66,7 +67,9 @@ def save(folder, name, state):
 def find(run):
     """A run folder, a checkpoint file, or a published model (hf:...) -> the checkpoint's path, or that model's
     config.json. UserError when there is none."""
-    if str(run).startswith(hf.PREFIX):
+    if str(run).startswith(PUBLISHED):
+        from hub import load as hf
+
         return hf.find(str(run)) / "config.json"
     path = Path(run)
     if path.is_file():
@@ -76,7 +79,7 @@ def find(run):
             return path / name
     if not path.exists():
         beside = sorted(str(folder.parent) for folder in Path("out").glob(f"*/{CKPT}"))
-        hint = posenc.nearest(str(run), beside) if beside else "train one with python train.py configs/rope.py"
+        hint = nearest(str(run), beside) if beside else "train one with python train.py configs/rope.py"
         raise UserError(f"no run {run}; {hint}")
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
         raise UserError(f"{run} holds a published model and no run; name it hf:{run}")
@@ -86,7 +89,9 @@ def find(run):
 def load(run):
     """A run folder, checkpoint file or published model -> its state, of tensors and plain values. Nothing in it can run
     code."""
-    if str(run).startswith(hf.PREFIX):
+    if str(run).startswith(PUBLISHED):
+        from hub import load as hf
+
         return hf.load(str(run))
     path = find(run)
     previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
@@ -123,7 +128,7 @@ def config_of(state, **changes):
 
 def names(paths):
     """What to call runs in tables: the last parts of their paths, or the paths where two would be the same."""
-    short = [Path(path.removeprefix(hf.PREFIX)).name for path in paths]
+    short = [Path(path.removeprefix(PUBLISHED)).name for path in paths]
     return short if len(set(short)) == len(short) else list(paths)
 
 
@@ -165,7 +170,7 @@ class Run:
     path: str | Path  # as it was asked for
     model: GPT  # in eval mode
     config: Config
-    encoding: tiktoken.Encoding
+    tokenizer: tiktoken.Encoding
     data_checksum: str  # "" where the corpus is not known
     step: int  # at which it was saved
     trained: str | list  # the `posenc` it was trained with, whatever is laid over it
@@ -180,7 +185,7 @@ def open_runs(run, overrides, device="cpu"):
     """The same with each of several overrides. On the CPU they share their weights, until one is changed."""
     state, opened = load(run), []
     trained = state["config"]["posenc"]
-    encoding = tokenizer.load(state["config"]["tokenizer"])
+    encoding = vocabulary.load(state["config"]["tokenizer"])
     check_tokenizer(encoding, state)
     for override in overrides:
         config = config_of(state, posenc=merge_posenc(trained, override))
@@ -201,7 +206,7 @@ def merge_posenc(spec, override):
 
 def check_tokenizer(encoding, state):
     """UserError when `encoding` is not the tokenizer that the checkpoint was trained with."""
-    if tokenizer.fingerprint(encoding) != state.get("tokenizer_fingerprint"):
+    if vocabulary.fingerprint(encoding) != state.get("tokenizer_fingerprint"):
         name = state["config"]["tokenizer"]
         raise UserError(f"tokenizer {name} is not the one that the checkpoint was trained with: its vocabulary differs")
 

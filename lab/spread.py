@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import report
-from errors import UserError
+from core import report
+from core.errors import UserError
 from model import Cache, GPTConfig, pieces, visible
-from posenc import Randomized, RoPE
+from posenc import RoPE
+from zoo.randomized import Randomized
 
 # Of attention weights: what `attention` averages.
 SPREAD = {

@@ -8,7 +8,7 @@ measures the loss from T to 16 T, and the speed of all encodings in turn. Each p
 does to the logits of a query at 4 T, over keys that differ in nothing but position, or what it adds to the embeddings.
 """
 
-import before_torch  # noqa: F401  # isort: skip
+import core.start  # noqa: F401  # isort: skip
 
 import inspect
 import subprocess
@@ -20,17 +20,17 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
-import bench
-import configs
 import data
-import device as devices
 import evaluate
 import posenc
-import report
-import runs
-from bench import LONG, Bench
-from data import tokenizer
-from errors import UserError, run
+from core import flags as configs
+from core import place as places
+from core import report, runs
+from core.errors import UserError, run
+from core.settings import Config
+from data import vocabulary
+from lab.bench import timing as bench
+from lab.bench.timing import LONG, Bench
 from posenc import ENCODINGS
 
 MULTIPLES = (1, 2, 4, 8, 16)  # of the training length
@@ -52,7 +52,7 @@ class Gallery(Bench):
 
 def train(spec, folder, argv):
     """Train the encoding into the folder, or go on; nothing to do for a finished run."""
-    script = Path(__file__).with_name("train.py")
+    script = Path(__file__).parent.parent / "train.py"
     command = [sys.executable, str(script), *argv, f"--posenc={spec}", f"--out_dir={folder}"]
     if subprocess.run(command, check=False).returncode:
         raise UserError(f"training {spec} failed; by itself: {' '.join(command[1:])}")
@@ -64,7 +64,7 @@ def losses(spec, folder, config, device, known):
     made = f"{runs.find(folder).stat().st_mtime}, {config.targets} windows"
     if known.get(spec, {}).get("made") != made:
         opened = runs.open_run(folder, device.device, spec)
-        dataset = data.open_dataset(config, opened.encoding)
+        dataset = data.open_dataset(config, opened.tokenizer)
         result = evaluate.length_loss(opened.model, dataset, device, config.targets, MULTIPLES)
         known[spec] = {"made": made, "loss": dict(zip(map(str, MULTIPLES), result["loss"], strict=False))}
     return known[spec]["loss"]
@@ -146,7 +146,7 @@ def speeds(specs, config, device):
     steps = {spec: bench.training_step(bench.variant(config, spec, T), device)[0] for spec in specs}
     trained = bench.median_times(steps, config.rounds)
     del steps
-    serving = devices.choose(config.device, config.dtype, inference=True)
+    serving = places.choose(config.device, config.dtype, inference=True)
     decoders = {
         spec: bench.decoder(bench.variant(config, spec, T), serving, LONG * T, config.decode_tokens) for spec in specs
     }
@@ -158,12 +158,12 @@ def main(argv):
     files, given = configs.flags(argv, Gallery)
     _, settings = configs.parse(argv, Gallery)
     config = configs.make(Gallery, settings)
-    encoding = tokenizer.load(config.tokenizer)
+    encoding = vocabulary.load(config.tokenizer)
     config.vocab_size = config.vocab_size or encoding.n_vocab
     names = bench.chosen(config.only)
-    own = {field.name for field in fields(Gallery)} - {field.name for field in fields(configs.Config)}
+    own = {field.name for field in fields(Gallery)} - {field.name for field in fields(Config)}
     passed = [*files, *(f"--{key}={value}" for key, value in given.items() if key not in own)]
-    device = devices.choose(config.device, config.dtype)
+    device = places.choose(config.device, config.dtype)
     home, docs = Path(config.runs_dir), Path(config.docs)
     (docs / "encodings").mkdir(parents=True, exist_ok=True)
 
@@ -190,7 +190,7 @@ def main(argv):
     runs.write_whole(docs / "encodings.md", "\n".join(page(config, pictures)) + "\n")
     command = " ".join(["python gallery.py", *argv])
     made = dict(seed=config.seed, dtype=device.dtype_name, windows=config.targets)
-    report.write_table(docs / "encodings.md", "encodings", lines, command, device.device, **made)
+    report.write_table(docs / "encodings.md", "encodings", lines, command, device, **made)
 
 
 if __name__ == "__main__":

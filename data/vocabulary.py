@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from errors import UserError
+from core.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SHIPPED = {"bpe": Path(__file__).parent / "python4096.tiktoken"}
@@ -24,7 +24,7 @@ SHIPPED = {"bpe": Path(__file__).parent / "python4096.tiktoken"}
 def load(name):
     """A tokenizer's name -> tiktoken.Encoding. UserError says what to type, or where to put a file."""
     if name.startswith("hf:"):
-        import hf  # here, as it takes its names from this module
+        from hub import load as hf  # here, as it takes its names from this module
 
         try:
             return hf.load_tokenizer(name)

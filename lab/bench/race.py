@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import device as devices
-import hf
-import report
-import runs
+from core import place as places
+from core import report, runs
+from core.errors import UserError
 from data import shakespeare
 from data.download import fetch
-from errors import UserError
+from hub import load as hf
 from model import generate
 
 # nanoGPT's own example for the CPU, from its README; the last flag only makes it keep every checkpoint.
@@ -59,7 +58,7 @@ began, folder, script = float(sys.argv[1]), sys.argv[2], sys.argv[3]
 sys.argv = sys.argv[3:]
 sys.path.insert(0, str(Path(script).parent))
 try:
-    import before_torch
+    import core.start
 except ImportError:
     pass
 import torch
@@ -162,7 +161,7 @@ class Trainshort:
     """One of OURS, and the same text as bytes."""
 
     def __init__(self, words, text, data_dir, work):
-        here = Path(__file__).resolve().parent
+        here = Path(__file__).resolve().parent.parent.parent
         config, *flags = words.split()
         self.words = [str(here / "train.py"), str(here / config), f"--data_dir={Path(data_dir).resolve()}", *flags]
         self.val, self.work = np.frombuffer(text[int(0.9 * len(text)) :].encode(), np.uint8).astype(np.int64), work
@@ -265,7 +264,7 @@ def decoders(config, longest):
     module = nanogpt(config.decode)
     theirs = build(module, block_size=longest, n_embd=config.n_embd, dropout=0.0, bias=False, **shape).eval()
 
-    forward, _ = devices.compiled(ours, True, torch.device("cpu"), decoding=True)
+    forward, _ = places.compiled(ours, True, places.choose("cpu"), decoding=True)
 
     def stepwise(compiled):
         return lambda tokens, count: [
@@ -327,13 +326,13 @@ def published(config):
     if not todo:
         raise UserError(f"{config.published} has {longest} positions, and {PROMPTS[0] + count} are needed")
     for name, context in tqdm(todo, "prefill and decoding", disable=None):
-        device = devices.choose("cpu", name)
+        device = places.choose("cpu", name)
         opened = runs.open_run(config.published)
         ours = opened.model
         device.prepare(ours)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=device.dtype).eval()
         theirs.generation_config.eos_token_id = None  # or they would not draw it, so that a text does not end
-        tokens = torch.tensor([opened.encoding.encode_ordinary(inspect.getsource(inspect))[:context]])
+        tokens = torch.tensor([opened.tokenizer.encode_ordinary(inspect.getsource(inspect))[:context]])
         seconds = {"prefill": [], "decoding": []}
         for _ in range(config.rounds):
             with device.autocast():

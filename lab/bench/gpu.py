@@ -16,12 +16,11 @@ import time
 
 import torch
 
-import bench
-import device as devices
-import race
-import report
-import runs
-from errors import UserError
+from core import place as places
+from core import report, runs
+from core.errors import UserError
+from lab.bench import race
+from lab.bench import timing as bench
 from model import generate
 
 NAMES = "none", "rope", "alibi", "t5", "kerple", "sandwich", "fire", "fox", "cope"  # one of each way into attention
@@ -88,7 +87,7 @@ def nanogpt(folder, config, device):
     model, betas = model.to(device.device), (config.beta1, config.beta2)
     with contextlib.redirect_stdout(io.StringIO()):  # it tells its sizes
         optimizer = model.configure_optimizers(config.weight_decay, 6e-4, betas, device.device.type)
-    forward, _ = devices.compiled(model, config.compile, device.device)
+    forward, _ = places.compiled(model, config.compile, device)
     shape = config.batch_size, config.train_length
     tokens = torch.randint(config.vocab_size, shape, device=device.device)
 
@@ -151,7 +150,7 @@ def decode_ms(model, compiled, context, count, device):
 def decoding(config, device, count):
     """(median of decode_ms, bytes of weights that every token reads) of a model in the device's half precision."""
     model = runs.build(config, device.device).to(device.dtype).eval()
-    compiled, _ = devices.compiled(model, config.compile, device.device, decoding=True)
+    compiled, _ = places.compiled(model, config.compile, device, decoding=True)
     compiled = compiled if compiled is not model else None
     times = [decode_ms(model, compiled, config.train_length, count, device) for _ in range(4)][1:]
     unread = 0 if config.tie_embeddings else model.token.weight.nbytes

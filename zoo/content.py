@@ -1,0 +1,176 @@
+"""Content."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core.encoding import Encoding, distances
+from posenc import sinusoids
+from zoo.absolute import rows_beyond
+from zoo.biases import Kerple
+
+
+class Shaw(Encoding):
+    """Learned vectors for clipped distances, added to keys and to values (Shaw et al. 2018, equations 3 and 4).
+
+        e_ij = q_i (k_j + aK[c]) / sqrt(D),  z_i = sum_j alpha_ij (v_j + aV[c]),  c = min(n, K)
+
+    Shared by the heads of a layer; 2 (K + 1) D parameters a layer, as causal attention meets one direction only.
+    Queries meet the table and not a T x T x D tensor of keys. Past T all far keys count as K away, a distance that
+    training met all the time: the loss rises slowly, as attention spreads over more of them. `with_values=False`
+    leaves aV out. Trap: this clipped table is often sold as Transformer-XL's.
+    """
+
+    name = "shaw"
+    arguments = {"clip": 16, "with_values": True}
+    relative = True
+    variants = ("shaw(with_values=False)",)
+
+    def setup(self):
+        self.require(self.clip >= 1, f"clip must be at least 1, not {self.clip}")
+        self.key = nn.Parameter(torch.empty(self.clip + 1, self.head_dim))
+        self.value = nn.Parameter(torch.empty(self.clip + 1, self.head_dim)) if self.with_values else None
+
+    def logits(self, q, k, q_pos, k_pos, seen):
+        return super().logits(q, k, q_pos, k_pos, seen) + by_row(
+            q * self.head_dim**-0.5, self.key.to(q.dtype), distances(q_pos, k_pos).clamp(max=self.clip)
+        )
+
+    def values(self, weights, q_pos, k_pos):
+        if not self.with_values:
+            return None
+        row = distances(q_pos, k_pos).clamp(max=self.clip).expand_as(weights)
+        of_rows = weights.new_zeros(*weights.shape[:3], self.clip + 1).scatter_add(-1, row, weights)
+        return of_rows @ self.value.to(weights.dtype)  # the weights of a row's keys, summed, times the row
+
+
+class TransformerXL(Encoding):
+    """Transformer-XL's relative attention: fixed sinusoids of the distance, and four terms (Dai et al. 2019, sec. 3.3).
+
+        (q_i k_j + q_i W r_n + u k_j + v W r_n) / sqrt(D),  r_n the sinusoid of n,  u, v learned for every head
+
+    C^2 + 2 C parameters a layer; values are untouched. Train it with `--segments`, which reads a window segment by
+    segment over the hidden states of the segment before (their gradient stopped): that, and not the bias, carried
+    the paper's long contexts. Past T the projected sinusoids meet new phases, and the loss rises slowly. Traps: it is
+    not a clipped table of 2 R + 1 rows, which is Shaw's; and W r depends on the weights alone, so decoding keeps it.
+    """
+
+    name = "transformer_xl"
+    arguments = {"base": 10000.0}
+    relative = True
+
+    def setup(self):
+        self.require(self.n_embd % 2 == 0, f"n_embd must be even, not {self.n_embd}")
+        self.require(self.base > 1, f"base must be above 1, not {self.base}")
+        self.project = nn.Linear(self.n_embd, self.n_head * self.head_dim, bias=False)
+        self.u = nn.Parameter(torch.empty(self.n_head, 1, self.head_dim))
+        self.v = nn.Parameter(torch.empty(self.n_head, 1, self.head_dim))
+
+    def table(self, rows, device):
+        """(rows, C): the projected sinusoids of all distances."""
+        with torch.autocast(device.type, enabled=False):
+            wave = sinusoids(torch.arange(rows, device=device), self.n_embd, self.base, self.project.weight.dtype)
+            return self.project(wave)
+
+    def logits(self, q, k, q_pos, k_pos, seen):
+        n = distances(q_pos, k_pos)
+        rows = rows_beyond(n[-1, 0], self.train_length)
+        table = self.once_per_weights((rows,), lambda: self.table(rows, n.device)).to(q.dtype)
+        table = table.unflatten(-1, (self.n_head, -1)).transpose(0, 1)  # (H, rows, D)
+        q = q * self.head_dim**-0.5
+        u, v = (x.to(q.dtype) * self.head_dim**-0.5 for x in (self.u, self.v))
+        return (q + u) @ k.transpose(-2, -1) + by_row(q + v, table, n)
+
+
+class CoPE(Encoding):
+    """Contextual position encoding: keys are counted only if a gate opens on them (Golovneva et al. 2024, section 4).
+
+        g_ij = sigmoid(q_i k_j / sqrt(D)),  p_ij = sum_{t=j..i} g_it,  b_ij = q_i e[p_ij], between rows for fractions
+
+    p is at most M - 1, M = `max_position`. M D parameters a layer, starting at zero; and two gathers of B H T S
+    elements, so it is slow. It counts words or lines where the content says so. Past T the gates, summed over more
+    keys, push far keys to the last row together, which training met: the loss rises slowly. Positions themselves
+    are never used.
+    """
+
+    name = "cope"
+    arguments = {"max_position": 64}
+    chunk = 32
+    relative = True
+
+    def setup(self):
+        self.require(self.max_position >= 2, f"max_position must be at least 2, not {self.max_position}")
+        self.weight = nn.Parameter(torch.empty(self.max_position, self.head_dim))
+
+    def logits(self, q, k, q_pos, k_pos, seen):
+        logits = super().logits(q, k, q_pos, k_pos, seen).masked_fill(~seen, -math.inf)
+        gate = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+        p = gate.sum(-1, keepdim=True) - gate.cumsum(-1) + gate  # the sum from j on
+        p = p.clamp(0, self.max_position - 1)
+        low = p.detach().long()
+        at = q @ self.weight.to(q.dtype).T  # (B, H, T, max_position)
+        step = F.pad(at.diff(dim=-1), (0, 1))
+        return logits + torch.addcmul(at.gather(-1, low), p - low, step.gather(-1, low))
+
+
+class FoX(Encoding):
+    """Forgetting attention: a gate of every token lets what lies before it fade (Lin et al. 2025, section 3).
+
+        b_ij = sum_{t=j+1..i} ln f_t = F_i - F_j,  f_t = sigmoid(w_h x_t + b_h)
+
+    H (C + 1) parameters a layer. The cache keeps the running sum F beside the keys. Past T what is far has been
+    forgotten, as in alibi, but by decisions of the content: the loss stays flat. Positions themselves are never
+    used. Traps: F in half precision loses the small differences that matter; and sinks are forgotten like anything
+    else.
+    """
+
+    name = "fox"
+    relative = True
+
+    def setup(self):
+        self.gate = nn.Linear(self.n_embd, self.n_head)
+
+    def state(self, x, last):
+        with torch.autocast(x.device.type, enabled=False):
+            forget = F.logsigmoid(self.gate(x.to(self.gate.weight.dtype)))  # (B, T, H)
+            return {"total": forget.transpose(1, 2)[..., None].cumsum(dim=2) + last.get("total", 0)}
+
+    def logits(self, q, k, q_pos, k_pos, seen, total):
+        return super().logits(q, k, q_pos, k_pos, seen) + (total[:, :, -len(q_pos) :] - total.mT)
+
+
+class DAPE(Kerple):
+    """Data-adaptive biases: a network over all heads changes logits and biases together (Zheng et al. 2024, section 3).
+
+        S + B + MLP([S ; B]),  S = q k^T / sqrt(D),  B the bias of kerple,  the MLP 2H -> 32 -> H with leaky ReLU
+
+    applied to every pair of query and key: about 100 H parameters a layer, and a tensor of B 32 T S elements, which
+    makes it the slowest here. Past T it keeps what kerple gives and corrects it by content.
+    """
+
+    name = "dape"
+    arguments = Kerple.arguments | {"width": 32}
+    chunk = 64
+    variants = ()
+
+    def setup(self):
+        super().setup()
+        self.require(self.width >= 1, f"width must be at least 1, not {self.width}")
+        self.inner, self.outer = nn.Linear(2 * self.n_head, self.width), nn.Linear(self.width, self.n_head)
+
+    def logits(self, q, k, q_pos, k_pos, seen):
+        s, b = (q * self.head_dim**-0.5) @ k.transpose(-2, -1), self.bias(q_pos, k_pos)
+        on_s, on_b = self.inner.weight.chunk(2, dim=1)  # (width, H) each; the part of B is the same for all sequences
+        from_b = on_b @ b.flatten(1) + self.inner.bias[:, None]
+        into, out = (weight.to(s.dtype).expand(len(s), -1, -1) for weight in (on_s, self.outer.weight))
+        hidden = torch.baddbmm(from_b.to(s.dtype), into, s.flatten(2))  # (B, width, T S)
+        mixed = torch.bmm(out, F.leaky_relu(hidden)).view_as(s) + self.outer.bias[:, None, None]
+        return s + b + mixed
+
+
+def by_row(x, table, row):
+    """x (B, H, T, D), table (rows, D) or (H, rows, D), row (T, S) -> (B, H, T, S): x times the row named there."""
+    products = x @ table.mT  # (B, H, T, rows)
+    return products.gather(-1, row.expand(*x.shape[:2], -1, -1))

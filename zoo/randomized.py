@@ -1,0 +1,55 @@
+"""Randomized."""
+
+import torch
+
+from core.encoding import Encoding, parse
+
+
+class Randomized(Encoding):
+    """Training on random positions, so that a test's positions are none of them new (Ruoss et al. 2023).
+
+        train: T positions drawn from 0 ... L - 1 without replacement, in order, anew for every step
+        test:  0, s, 2s, ... with the stride s = floor(L / length), at least 1
+
+    around any `inner` encoding, which is built for L = `length`, 16 T unless given. The authors sample at test time
+    too; a fixed stride is their mean, and lets a cache be exact. Costs what the inner one costs. In distribution the
+    loss is worse than with the inner encoding, since neighbours are rarely one apart. Past T every position has been
+    met, but strides as short as the test's were rare: the loss is nearly flat to 2 T, and then rises.
+    """
+
+    name = "randomized"
+    arguments = {"inner": "rope", "length": 0}
+    rotate_once = False  # another length of the context is another stride
+    variants = ("randomized(inner=learned)", "randomized(inner=t5)")
+
+    def setup(self):
+        self.length = self.length or 16 * self.train_length
+        self.require(
+            self.length >= self.train_length, f"length must be at least {self.train_length}, not {self.length}"
+        )
+        cls, arguments = parse(self.inner)
+        self.require(cls is not Randomized, "the inner encoding must be another one")
+        self.inner = cls(**(self.sizes | {"train_length": self.length}), **arguments)
+        self.drawn = None  # positions (length,) of this training step; no buffer, or DDP would send it around
+        for name in DELEGATED:
+            setattr(self, name, getattr(self.inner, name))
+
+    def init_parameter(self, name, parameter, generator):
+        self.inner.init_parameter(name.removeprefix("inner."), parameter, generator)
+
+    def redraw(self, length, generator, device):
+        drawn = torch.randperm(self.length, generator=generator)[:length].sort().values
+        # Else the copy waits until the GPU has done all it was given.
+        self.drawn = drawn.to(device, non_blocking=torch.device(device).type == "cuda")
+
+    def positions(self, pos, length):
+        if self.training and self.drawn is not None:
+            return self.drawn[pos]
+        return pos * max(1, self.length // length)
+
+
+# What `randomized` takes from its inner encoding.
+DELEGATED = (
+    "embed", "ffn", "rotate", "distance_bias", "bias", "fold", "state", "logits", "values",
+    "embeds", "biases", "folds", "keeps", "writes_out", "shared", "chunk", "max_length", "way_out",
+)  # fmt: skip

@@ -1,0 +1,101 @@
+"""Rotary."""
+
+import torch
+
+from core.encoding import distances
+from posenc import RoPE
+
+
+class XPos(RoPE):
+    """RoPE whose products also decay with distance, faster in the fast pairs (Sun et al. 2022, section 3).
+
+        rope, times zeta_m^(n / 512),  zeta_m = (2m + gamma D) / ((1 + gamma) D)
+
+    as q zeta^(i/512) and k zeta^(-j/512). No parameters; the fused kernel stays. Past T the decay softens what rope
+    breaks, at long distances only: 512 is four default training lengths. Traps: those powers overflow (float16 at
+    position 4,532), so exponents count from the middle of the queries of a call, and the cache holds plain keys, whose
+    scale is never stale; and (1 + i/512)^-1 in place of zeta^(i/512) is not a function of i - j at all.
+    """
+
+    name = "xpos"
+    arguments = {key: value for key, value in RoPE.arguments.items() if key != "dims"}
+    arguments |= {"gamma": 0.4, "scale_base": 512.0}
+    dims = 0  # all of them
+    variants = ()
+    stretches = ()
+
+    def setup(self):
+        super().setup()
+        self.require(self.gamma > 0 and self.scale_base > 0, "gamma and scale_base must be above 0")
+        self.rotate_once = False
+
+    def rotate(self, q, k, q_pos, k_pos, length):
+        middle = (q_pos[0] + q_pos[-1]) // 2
+        q, k = super().rotate(q, k, q_pos, k_pos, length)
+        return self.scale(q, q_pos - middle), self.scale(k, middle - k_pos)
+
+    def scale(self, x, power):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        m = torch.arange(self.head_dim // 2, device=x.device, dtype=dtype)
+        zeta = (2 * m + self.gamma * self.head_dim) / ((1 + self.gamma) * self.head_dim)
+        scale = zeta.repeat(2) ** (power[:, None].to(dtype) / self.scale_base)  # (T, D)
+        return (x * scale).to(x.dtype)
+
+
+class ReRoPE(RoPE):
+    """Rectified RoPE: distances of a window and beyond all count as the window (Su 2023, kexue.fm/archives/9708).
+
+        n' = n for n < w, else w + (n - w) / leak,  where leak=0 stands for infinity
+
+    For a trained rope model, at test time: `--posenc=rerope`. `window` w is T/2 unless given. No distance past T is
+    ever met, so the loss stays near its value at T; all far keys look equally far. Costs two products of queries
+    and keys and the fused kernel.
+    """
+
+    name = "rerope"
+    arguments = RoPE.arguments | {"window": 0, "leak": 0.0}
+    variants = ()
+    stretches = ()
+
+    def setup(self):
+        super().setup()
+        self.require(self.rotate_once, f"{self.scaling} changes with the context, which {self.name} makes unnecessary")
+        self.require(self.window >= 0, f"window must not be negative, is {self.window}")
+        self.require(self.leak == 0 or self.leak >= 1, f"leak must be 0 (for infinity) or at least 1, not {self.leak}")
+        self.window = self.window or max(1, self.train_length // 2)
+
+    def rotate(self, q, k, q_pos, k_pos, length):
+        return q, k
+
+    def far(self, q_pos, k_pos):
+        """Positions (T,), (S,) for distances of the window and beyond."""
+        share = 1 / self.leak if self.leak else 0.0
+        return self.window + (q_pos - self.window) * share, k_pos * share
+
+    def logits(self, q, k, q_pos, k_pos, seen):
+        pairs = (q_pos, k_pos), self.far(q_pos, k_pos)
+        near, far = (super(ReRoPE, self).logits(self.turn(q, i), self.turn(k, j), q_pos, k_pos, seen) for i, j in pairs)
+        return torch.where(distances(q_pos, k_pos) < self.window, near, far)
+
+
+class SelfExtend(ReRoPE):
+    """Self-Extend: exact distances in a window, positions shared by groups of tokens beyond (Jin et al. 2024, sec. 3).
+
+        n' = n for n < w, else floor(i / G) - floor(j / G) + w - floor(w / G)
+
+    For a trained rope model, at test time: `--posenc=self_extend`. `window` w is T/2 unless given; distances stay
+    below T up to a context of w + (T - w) G, 16.5 T for the default `group` G. Costs what ReRoPE costs. Trap:
+    rounding i and j down each by itself makes it not quite a function of i - j.
+    """
+
+    name = "self_extend"
+    arguments = RoPE.arguments | {"window": 0, "group": 32}
+    relative = False
+    leak = 0.0
+
+    def setup(self):
+        super().setup()
+        self.require(self.group >= 1, f"group must be at least 1, not {self.group}")
+
+    def far(self, q_pos, k_pos):
+        return q_pos // self.group + self.window - self.window // self.group, k_pos // self.group
