@@ -14,7 +14,7 @@ from core.errors import UserError
 from core.settings import Config
 
 
-def parse(argv):
+def merged(argv):
     return configs.parse(argv, Config)
 
 
@@ -184,14 +184,14 @@ def test_code_in_a_config_file_is_refused_and_does_not_run(write, tmp_path, code
     compile(code, "mine.py", "exec")  # it is Python: what refuses it is not its syntax
     file = write(f'"""A config."""\nn_layer = 2\n{code}\n')
     line = 4 if code.startswith("@") else 3  # of a decorated function Python gives the line of its `def`
-    assert mistake(parse, [file]).startswith(f"{file}, line {line}: ")
+    assert mistake(merged, [file]).startswith(f"{file}, line {line}: ")
     assert not mark.exists()
 
 
 def test_code_in_a_flag_does_not_run(tmp_path):
     mark = tmp_path / "ran"
     for key in ("n_layer", "bias", "length_schedule", "compile"):
-        assert mistake(parse, [f"--{key}=open({str(mark)!r}, 'w')"]).startswith(f"--{key}: ")
+        assert mistake(merged, [f"--{key}=open({str(mark)!r}, 'w')"]).startswith(f"--{key}: ")
     assert configs.parse([f"--out_dir=open({str(mark)!r}, 'w')"], Config)[1]["out_dir"].startswith("open(")
     assert not mark.exists()
 
@@ -214,8 +214,8 @@ def test_code_in_a_flag_does_not_run(tmp_path):
 def test_numbers_beyond_reason_are_refused_at_once(write, number):
     for key in ("n_layer", "learning_rate"):
         file = write(f"{key} = {number}")
-        assert mistake(parse, [file]).startswith(f"{file}, line 1: ")
-        assert mistake(parse, [f"--{key}={number}"]).startswith(f"--{key}: ")
+        assert mistake(merged, [file]).startswith(f"{file}, line 1: ")
+        assert mistake(merged, [f"--{key}={number}"]).startswith(f"--{key}: ")
 
 
 # Mistakes.
@@ -226,18 +226,18 @@ def test_numbers_beyond_reason_are_refused_at_once(write, number):
 )
 def test_unknown_key_names_the_nearest(write, wrong, meant):
     file = write(f"n_head = 2\n\n{wrong} = 1")
-    said = mistake(parse, [file])
+    said = mistake(merged, [file])
     assert said.startswith(f"{file}, line 3: ") and f"'{wrong}'" in said and f"did you mean '{meant}'?" in said
-    said = mistake(parse, [f"--{wrong}=1"])
+    said = mistake(merged, [f"--{wrong}=1"])
     assert f"--{wrong}" in said and f"did you mean '{meant}'?" in said
 
 
 @pytest.mark.parametrize("key", ["usage", "phases", "kv_heads", "__class__", "__post_init__"])
 def test_what_is_no_setting_cannot_be_set(write, key):
     """Names of the class that are not its fields."""
-    assert f"unknown key '{key}'" in mistake(parse, [write(f"{key} = 'x'")])
-    assert f"unknown key '{key}'" in mistake(parse, [f"--{key}=x"])
-    assert f"unknown key '{key}'" in mistake(parse, [f"--{key}"])
+    assert f"unknown key '{key}'" in mistake(merged, [write(f"{key} = 'x'")])
+    assert f"unknown key '{key}'" in mistake(merged, [f"--{key}=x"])
+    assert f"unknown key '{key}'" in mistake(merged, [f"--{key}"])
 
 
 @pytest.mark.parametrize(
@@ -262,9 +262,9 @@ def test_what_is_no_setting_cannot_be_set(write, key):
 )
 def test_wrong_type_names_the_place_and_what_is_expected(write, key, value, expected):
     file = write(f"\n{key} = {value}")
-    said = mistake(parse, [file])
+    said = mistake(merged, [file])
     assert said.startswith(f"{file}, line 2: ") and key in said and expected in said
-    said = mistake(parse, [f"--{key}={value}"])
+    said = mistake(merged, [f"--{key}={value}"])
     assert said.startswith(f"--{key}: ") and expected in said
 
 
@@ -272,7 +272,7 @@ def test_wrong_type_names_the_place_and_what_is_expected(write, key, value, expe
     "line", ["out_dir = 3", "out_dir = None", "posenc = 3", "posenc = True", "text = {}", "dataset = 1"]
 )
 def test_files_put_text_in_quotes(write, line):
-    assert ", line 1: " in mistake(parse, [write(line)])
+    assert ", line 1: " in mistake(merged, [write(line)])
 
 
 @pytest.mark.parametrize("text", [[3], [None], [["a"]]])
@@ -282,18 +282,18 @@ def test_a_list_of_texts_holds_names(text):
 
 def test_a_flag_without_its_value_says_how_to_write_it():
     for argv in (["--n_layer"], ["--n_layer", "--n_head=2"]):
-        said = mistake(parse, argv)
+        said = mistake(merged, argv)
         assert "--n_layer needs a value" in said and "--n_layer=4" in said
 
 
 def test_a_flag_with_one_dash_is_told_to_take_two():
-    assert "write --max_steps=5" in mistake(parse, ["-max_steps=5"])
+    assert "write --max_steps=5" in mistake(merged, ["-max_steps=5"])
 
 
 def test_missing_config_file_names_the_nearest():
-    said = mistake(parse, ["configs/ropes.py"])
+    said = mistake(merged, ["configs/ropes.py"])
     assert "configs/ropes.py" in said and "did you mean 'configs/rope.py'?" in said
-    assert "configs/alibi.py" in mistake(parse, ["nothing like it"])
+    assert "configs/alibi.py" in mistake(merged, ["nothing like it"])
 
 
 @pytest.mark.parametrize(
@@ -309,11 +309,11 @@ def test_missing_config_file_names_the_nearest():
     ],
 )
 def test_what_is_no_python_text_is_refused(write, content):
-    assert write(content) in mistake(parse, [write(content)])
+    assert write(content) in mistake(merged, [write(content)])
 
 
 def test_a_folder_is_no_config_file(tmp_path):
-    assert str(tmp_path) in mistake(parse, [str(tmp_path)])
+    assert str(tmp_path) in mistake(merged, [str(tmp_path)])
 
 
 def test_empty_config_file_changes_nothing(write):

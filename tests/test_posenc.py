@@ -1,6 +1,5 @@
 """Every encoding against its formula, written out in plain loops, and the rules that hold for all of them."""
 
-import ast
 import math
 import re
 from pathlib import Path
