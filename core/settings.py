@@ -97,3 +97,20 @@ class Config(GPTConfig):
         """[(first step, length of a window)] of the length schedule, in order."""
         whole = {0.0: self.train_length * self.segments}
         return [(round(share * self.max_steps), length) for share, length in (self.length_schedule or whole).items()]
+
+
+@dataclass
+class Reading:
+    """How a finished run is read: what may be laid over it at test time, and where it computes."""
+
+    posenc: str | list = ""  # arguments for the run's encoding, or another encoding, at test time
+    window: int = 0  # attend to the last WINDOW tokens alone, over a cache that stays that small; 0 means to all
+    sinks: int = 0  # with a window, keep the first SINKS tokens in sight too
+    log_n: bool = False  # multiply queries by ln n / ln T where they see n > T tokens
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Dtype = "auto"  # of products; auto is bfloat16 on CUDA, float16 on older CUDA, else float32
+
+    def __post_init__(self):
+        for key in ("window", "sinks"):
+            require(getattr(self, key) >= 0, f"--{key} must not be negative")
+        require(self.window or not self.sinks, "--sinks needs a --window")
