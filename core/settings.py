@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from core.errors import require
+from core.errors import require, require_range
 from core.flags import Dtype
 from model import GPTConfig
 
@@ -14,7 +14,7 @@ Dataset = Literal[
 
 @dataclass
 class Config(GPTConfig):
-    """A whole run: GPTConfig's model, and what it learns from, how, and where."""
+    """A whole run: the model of GPTConfig, what it learns from, how it learns, and where it computes."""
 
     usage: ClassVar[str] = "python train.py [configs/FILE.py ...] [--key=value ...]"
 
@@ -58,23 +58,12 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in (
-            "max_steps",
-            "batch_size",
-            "segments",
-            "shards",
-            "eval_interval",
-            "eval_tokens",
-            "log_interval",
-            "checkpoint_interval",
-        ):
-            require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
-        for key in ("seed", "micro_batch_size", "learning_rate", "weight_decay", "grad_clip", "length_targets"):
-            require(getattr(self, key) >= 0, f"{key} must not be negative")
-        for key in ("warmup", "decay", "final_lr"):
-            require(0 <= getattr(self, key) <= 1, f"{key} must lie in 0 ... 1, not {getattr(self, key)}")
-        for key in ("beta1", "beta2", "momentum"):
-            require(0 <= getattr(self, key) < 1, f"{key} must lie in 0 ... 1 and below 1, not {getattr(self, key)}")
+        require_range(self, "at least 1", "max_steps", "batch_size", "segments", "shards", "eval_interval")
+        require_range(self, "at least 1", "eval_tokens", "log_interval", "checkpoint_interval")
+        require_range(self, "0 or more", "seed", "micro_batch_size", "length_targets")
+        require_range(self, "0 or more", "learning_rate", "weight_decay", "grad_clip")
+        require_range(self, "in 0 ... 1", "warmup", "decay", "final_lr")
+        require_range(self, "in 0 ... 1 and below 1", "beta1", "beta2", "momentum")
         levels = self.schedule == "cosine" or self.warmup + self.decay <= 1
         require(levels, "warmup and decay must not exceed 1 together")
         require(isinstance(self.text, str) or all(isinstance(path, str) for path in self.text), "text must list paths")
@@ -83,14 +72,18 @@ class Config(GPTConfig):
         require(self.shards == 1 or self.dataset == "fineweb", "--shards goes with --dataset=fineweb")
         require(self.segments == 1 or not self.length_schedule, "segments and length_schedule exclude each other")
         if self.length_schedule:
-            starts, lengths = list(self.length_schedule), list(self.length_schedule.values())
-            form = "length_schedule must look like {0.0: 128, 0.6: 256}, from 0.0 on with rising shares below 1"
-            require(all(type(x) in (int, float) for x in starts) and all(type(x) is int for x in lengths), form)
-            require(starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1 and min(lengths) > 0, form)
-            last = lengths[-1]
-            require(last == self.train_length, f"length_schedule ends at {last}: set train_length={last} too")
-            for length in lengths:
-                require(last % length == 0, f"length_schedule: {length} does not divide the last length, {last}")
+            self.check_length_schedule()
+
+    def check_length_schedule(self):
+        """ValueError for shares or lengths that make no schedule which ends at train_length."""
+        starts, lengths = list(self.length_schedule), list(self.length_schedule.values())
+        form = "length_schedule must look like {0.0: 128, 0.6: 256}, from 0.0 on with rising shares below 1"
+        require(all(type(x) in (int, float) for x in starts) and all(type(x) is int for x in lengths), form)
+        require(starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1 and min(lengths) > 0, form)
+        last = lengths[-1]
+        require(last == self.train_length, f"length_schedule ends at {last}: set train_length={last} too")
+        for length in lengths:
+            require(last % length == 0, f"length_schedule: {length} does not divide the last length, {last}")
 
     @property
     def phases(self):
@@ -101,7 +94,7 @@ class Config(GPTConfig):
 
 @dataclass
 class Reading:
-    """How a finished run is read: what may be laid over it at test time, and where it computes."""
+    """How a finished run is read: what is laid over it at test time, and where it computes."""
 
     posenc: str | list = ""  # arguments for the run's encoding, or another encoding, at test time
     window: int = 0  # attend to the last WINDOW tokens alone, over a cache that stays that small; 0 means to all
@@ -111,6 +104,5 @@ class Reading:
     dtype: Dtype = "auto"  # of products; auto is bfloat16 on CUDA, float16 on older CUDA, else float32
 
     def __post_init__(self):
-        for key in ("window", "sinks"):
-            require(getattr(self, key) >= 0, f"--{key} must not be negative")
+        require_range(self, "0 or more", "window", "sinks")
         require(self.window or not self.sinks, "--sinks needs a --window")
