@@ -151,6 +151,7 @@ def train(config, device):
 
     log, stop = runs.Log(out, device, step, config.max_steps, start.BEGAN), places.Stop(device)
     if device.main:
+        runs.bring_tokenizer(config, out)
         runs.write_json(out / "config.json", runs.plain(config))
     # Or a resumed run would differ in its last bits. Filling what is about to be overwritten would only cost time.
     torch.use_deterministic_algorithms(device.device.type == "cpu")

@@ -25,6 +25,7 @@ from model import GPT
 PUBLISHED = "hf:"  # what a published model's name begins with
 CKPT, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "best.pt"
 LOCK = "train.lock"
+SOURCE = "source.json"  # in a run that hub/load.py made: which published model it was made from
 
 
 # Writing a run.
@@ -71,20 +72,31 @@ def read_json(path):
 
 
 def plain(config):
-    """The Config as plain values, for checkpoints and config.json."""
-    return asdict(config)
+    """The Config as plain values, for checkpoints and config.json; a published model's tokenizer is a file beside
+    them."""
+    name = vocabulary.FILE if vocabulary.published(config.tokenizer) else config.tokenizer
+    return asdict(config) | {"tokenizer": name}
+
+
+def bring_tokenizer(config, folder):
+    """Copy a published model's tokenizer into a run's folder, so that the run can be moved. Other tokenizers have names
+    that hold everywhere."""
+    if vocabulary.published(config.tokenizer):
+        from data import tokenizer_json  # here, as it needs the extra packages
+
+        tokenizer_json.copy(vocabulary.load(config.tokenizer), Path(folder))
 
 
 # Finding and reading a checkpoint.
 
 
 def find(run):
-    """A run folder, a checkpoint file, or a published model (hf:...) -> the checkpoint's path, or that model's
-    config.json. UserError when there is none."""
+    """A run folder, a checkpoint file, or a published model (hf:...), which becomes a run folder -> the checkpoint's
+    path. UserError when there is none."""
     if str(run).startswith(PUBLISHED):
-        from hub import load as hf
+        from hub import load as hub  # here, as hub stands above and needs the extra packages
 
-        return hf.find(str(run)) / "config.json"
+        run = hub.as_run(str(run))
     path = Path(run)
     if path.is_file():
         return path
@@ -103,20 +115,20 @@ def find(run):
 def load(run):
     """A run folder, checkpoint file or published model -> its state, of tensors and plain values, checked. Nothing in it
     can run code. UserError for what is damaged or no checkpoint of ours, with what to do."""
-    if str(run).startswith(PUBLISHED):
-        from hub import load as hf
-
-        return hf.load(str(run))
     path = find(run)
+    mapped = path.with_name(SOURCE).exists()  # A published model can be large, and no training writes over it.
     try:
         with warnings.catch_warnings(action="ignore"):  # on pickle protocols: the error says what matters
-            return checked(torch.load(path, map_location="cpu", weights_only=True), path)
+            state = checked(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), path)
     except pickle.UnpicklingError:
         wrong = "is damaged, or no checkpoint of ours: it holds more than tensors and plain values"
     except PermissionError:
         raise
     except (RuntimeError, EOFError, OSError, ValueError, KeyError):
         wrong = "is damaged, perhaps cut short"
+    else:
+        state["config"]["tokenizer"] = locate_tokenizer(state["config"]["tokenizer"], path)
+        return state
     raise UserError(f"{path} {wrong}; {instead_of(path)}")
 
 
@@ -131,8 +143,24 @@ def checked(state, path):
     return state
 
 
+def locate_tokenizer(name, path):
+    """A tokenizer's name in the checkpoint at `path`, as `vocabulary.load` takes it: `tokenizer.json` is the file
+    beside the checkpoint. Older runs call it hf:..., by the published model that has it."""
+    beside, older = path.with_name(vocabulary.FILE), name.startswith(PUBLISHED)
+    if name == vocabulary.FILE or (older and beside.exists()):
+        return str(beside)
+    if not older or vocabulary.published(name).exists():
+        return name
+    try:
+        return str(find(name).with_name(vocabulary.FILE))
+    except UserError as error:
+        raise UserError(f"{path}: its tokenizer is that of a published model: {error}") from None
+
+
 def instead_of(path):
     """What to do where the checkpoint at `path` cannot be read, in words."""
+    if path.with_name(SOURCE).exists():
+        return f"remove {path.parent}, and it is made again from the published model"
     previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
     if path.name == CKPT and previous.exists():
         return f"go back to the one before: mv {previous} {path}"
@@ -191,6 +219,8 @@ def load_weights(model, state, fresh=False, share=False):
         raise UserError(
             f"the checkpoint's weights do not fit these settings ({wrong[0]}); leave the model's size as it was"
         )
+    if share:  # A published model's may be in half precision.
+        weights = {name: weight.to(initial[name].dtype) for name, weight in weights.items()}
     model.load_state_dict(weights, assign=share)
     if model.config.tie_embeddings:
         model.head.weight = model.token.weight  # Assigning took the tied weights apart.
@@ -225,6 +255,7 @@ def open_runs(run, overrides, device="cpu"):
         config = config_of(state, posenc=merge_posenc(trained, override))
         model = build(config, initial=False)
         load_weights(model, state, share=True)
+        state["model"] |= model.state_dict()  # Weights that became float32 did so once for all overrides.
         model = model.to(device).eval()
         opened.append(Run(run, model, config, tokenizer, state.get("data_checksum", ""), state["step"], trained))
     return opened
@@ -232,7 +263,7 @@ def open_runs(run, overrides, device="cpu"):
 
 def names(paths):
     """What to call runs in tables: the last parts of their paths, or the paths where two would be the same."""
-    short = [Path(path.removeprefix(PUBLISHED)).name for path in paths]
+    short = [Path(path).name for path in paths]
     return short if len(set(short)) == len(short) else list(paths)
 
 

@@ -7,8 +7,11 @@ from itertools import pairwise
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from core import files
 from core.errors import UserError
 from data import vocabulary
+
+END = "tokenizer_config.json"  # beside a run's tokenizer.json: {"eos_token_id": the id that ends a text}
 
 
 def byte_characters():
@@ -20,46 +23,22 @@ def byte_characters():
 
 
 class Tokenizer:
-    """A tokenizer.json, asked as a tiktoken.Encoding is. `begin`: the ids that a text starts with."""
+    """A tokenizer.json that answers as a tiktoken.Encoding does. `begin`: the ids that a text starts with."""
 
     def __init__(self, path, ends):
-        """path: the file. ends: config.json's eos_token_id, an id or several. UserError for what is not whole."""
-        if not path.exists():
-            raise UserError(
-                f"{path.parent} has no {path.name}; save one there with transformers: tokenizer.save_pretrained"
-            )
-        try:
-            self.inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # it raises nothing narrower
-            raise UserError(f"{path} is damaged ({error}); download it again") from None
-        self.inner.encode_special_tokens = True  # text that looks like a special token is text
-        self.inner.no_truncation()
-        self.inner.no_padding()
+        """path: the file. ends: the eos_token_id that a file beside it says, an id or several. UserError for what is
+        not whole."""
+        self.path, self.inner = path, open_inner(path)
         some = self.inner.encode("a")  # and what is put around it
         self.begin = some.ids[: [*some.special_tokens_mask, 0].index(0)]
-        decoder = json.dumps(json.loads(self.inner.to_str())["decoder"])
-        if "ByteLevel" not in decoder and "Metaspace" not in decoder and "ByteFallback" not in decoder:
-            raise UserError(f"{path}: its decoder is not supported; those of bytes and of sentencepiece are")
-        added = self.inner.get_added_tokens_decoder()
-        self.special = {token.content: id for id, token in added.items() if token.special}
-        vocabulary = self.inner.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise UserError(f"{path} has no tokens; download it again")
-        self.n_vocab = max(vocabulary.values()) + 1
-        self.bytes = [b""] * self.n_vocab
-        of_character = {character: byte for byte, character in enumerate(byte_characters())}
-        for text, id in vocabulary.items():
-            if id in added:
-                self.bytes[id] = text.encode()
-            elif "ByteLevel" in decoder and of_character.keys() >= set(text):
-                self.bytes[id] = bytes(of_character[character] for character in text)
-            elif re.fullmatch("<0x[0-9A-F]{2}>", text):
-                self.bytes[id] = bytes([int(text[3:5], 16)])
-            else:
-                self.bytes[id] = text.replace("\u2581", " ").encode()
+        self.special = {
+            token.content: id for id, token in self.inner.get_added_tokens_decoder().items() if token.special
+        }
+        self.bytes = bytes_of_ids(self.inner, path)
+        self.n_vocab = len(self.bytes)
         self.eot_token = ends[0] if isinstance(ends, list) and ends else ends
         if self.eot_token not in range(self.n_vocab):
-            raise UserError(f"{path}: config.json's eos_token_id={ends} is no id in it; set it there")
+            raise UserError(f"{path}: eos_token_id={ends} is no id in it; set it in the config.json beside it")
 
     @property
     def special_tokens_set(self):
@@ -78,10 +57,70 @@ class Tokenizer:
         return b"".join(self.bytes[token] for token in tokens)
 
 
+def open_inner(path):
+    """The tokenizers.Tokenizer of a file, to which special tokens in a text are text. UserError for a damaged one."""
+    if not path.exists():
+        raise UserError(
+            f"{path.parent} has no {path.name}; save one there with transformers: tokenizer.save_pretrained"
+        )
+    try:
+        opened = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises nothing narrower.
+        raise UserError(f"{path} is damaged ({error}); download it again") from None
+    opened.encode_special_tokens = True
+    opened.no_truncation()
+    opened.no_padding()
+    return opened
+
+
+def bytes_of_ids(opened, path):
+    """[bytes] of every id; an id that the vocabulary leaves out has none. UserError where there are no tokens, or their
+    decoder is another than those of bytes and of sentencepiece."""
+    decoder = json.dumps(json.loads(opened.to_str())["decoder"])
+    if "ByteLevel" not in decoder and "Metaspace" not in decoder and "ByteFallback" not in decoder:
+        raise UserError(f"{path}: its decoder is not supported; those of bytes and of sentencepiece are")
+    ids, added = opened.get_vocab(with_added_tokens=True), opened.get_added_tokens_decoder()
+    if not ids:
+        raise UserError(f"{path} has no tokens; download it again")
+    listed = [b""] * (max(ids.values()) + 1)
+    of_character = {character: byte for byte, character in enumerate(byte_characters())}
+    for text, id in ids.items():
+        if id in added:
+            listed[id] = text.encode()
+        elif "ByteLevel" in decoder and of_character.keys() >= set(text):
+            listed[id] = bytes(of_character[character] for character in text)
+        elif re.fullmatch("<0x[0-9A-F]{2}>", text):
+            listed[id] = bytes([int(text[3:5], 16)])
+        else:
+            listed[id] = text.replace("\u2581", " ").encode()
+    return listed
+
+
+def load(path):
+    """The Tokenizer of a file in a published model's folder or in a run's. The config.json or the END beside it says
+    which token ends a text."""
+    for name in ("config.json", END):
+        try:
+            ends = json.loads(path.with_name(name).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            ends = None
+        if ends is not None:
+            break
+    return Tokenizer(path, ends)
+
+
+def copy(tokenizer, folder):
+    """Put the file of a Tokenizer into a folder, and beside it which token ends a text: `load` reads them there."""
+    end = json.dumps({"eos_token_id": tokenizer.eot_token})
+    for name, content in ((END, end.encode()), (vocabulary.FILE, tokenizer.path.read_bytes())):
+        with files.atomic(folder / name, "wb") as file:
+            file.write(content)
+
+
 def merges(ranks):
     """{bytes: id} in the order learned -> the pairs that make the tokens: the two parts that earlier merges make of a
-    token. Where they leave more, it is met as a whole word alone."""
-    found = []
+    token. A token of which they leave more than two is met as a whole word alone."""
+    pairs = []
     for token, rank in ranks.items():
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
@@ -91,8 +130,8 @@ def merges(ranks):
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
-            found.append(tuple(parts))
-    return found
+            pairs.append(tuple(parts))
+    return pairs
 
 
 def dialect(pattern):
@@ -100,12 +139,12 @@ def dialect(pattern):
     return pattern.replace("}+", "}").replace("$", r"\z")
 
 
-def inner(encoding):
-    """A tokenizer's tokenizers.Tokenizer, with the same ids."""
-    if hasattr(encoding, "inner"):  # `Tokenizer`, which has it from such a folder
-        return encoding.inner
-    special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
-    ranks = {text: id for id, text in enumerate(vocabulary.token_bytes(encoding)) if text}
+def inner(tokenizer):
+    """The tokenizers.Tokenizer with the ids of a tokenizer of ours."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.inner
+    special = {text: tokenizer.encode_single_token(text) for text in tokenizer.special_tokens_set}
+    ranks = {text: id for id, text in enumerate(vocabulary.token_bytes(tokenizer)) if text}
     character = byte_characters()
     write = lambda text: "".join(character[byte] for byte in text)  # noqa: E731
     pairs = [tuple(map(write, pair)) for pair in merges(ranks)]
@@ -113,7 +152,7 @@ def inner(encoding):
         models.BPE({write(text): id for text, id in ranks.items()} | special, pairs, ignore_merges=bool(pairs))
     )
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = [pre_tokenizers.Split(tokenizers.Regex(dialect(encoding._pat_str)), "isolated")] if pairs else []
+    words = [pre_tokenizers.Split(tokenizers.Regex(dialect(tokenizer._pat_str)), "isolated")] if pairs else []
     made.pre_tokenizer = pre_tokenizers.Sequence([*words, in_bytes])
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])

@@ -4,7 +4,7 @@ bytes        the 256 bytes and an end-of-text token; the default
 bpe          4,096 tokens learned by data/bpe.py from the source of the Python standard library; shipped
 gpt2, ...    tiktoken's own, downloaded by tiktoken on first use
 a file       FILE.tiktoken, as `python -m data.bpe` writes it
-hf:FOLDER    the tokenizer.json of a published model, behind the same methods (hf.py)
+a file       tokenizer.json of a published model (tokenizer_json.py); hf:FOLDER is the one in that folder
 """
 
 import hashlib
@@ -18,18 +18,18 @@ import tiktoken
 from core.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+FILE = "tokenizer.json"  # a published model's; beside a checkpoint that names it so
 SHIPPED = {"bpe": Path(__file__).parent / "python4096.tiktoken"}
 
 
 def load(name):
     """A tokenizer's name -> tiktoken.Encoding. UserError says what to type, or where to put a file."""
-    if name.startswith("hf:"):
-        from hub import load as hf  # here, as it takes its names from this module
-
+    if path := published(name):
         try:
-            return hf.load_tokenizer(name)
-        except UserError as error:
-            raise UserError(f"its tokenizer is that of a published model: {error}") from None
+            from data import tokenizer_json  # here, as it needs the extra packages
+        except ImportError:
+            raise UserError(f"tokenizer {name} takes more packages: pip install -r requirements-hf.txt") from None
+        return tokenizer_json.load(path)
     if name == "bytes":
         return make(name, r"(?s:.)", {bytes([byte]): byte for byte in range(256)})
     from data import bpe  # here, or `python -m data.bpe` would find itself imported
@@ -42,7 +42,9 @@ def load(name):
             raise UserError(f"tokenizer {name} cannot be read: {error}") from None
     known = ["bytes", *SHIPPED, *tiktoken.list_encoding_names()]
     if name not in known:
-        raise UserError(f"no tokenizer is called '{name}'; choose from {', '.join(known)}, or a file FILE.tiktoken")
+        raise UserError(
+            f"no tokenizer is called '{name}'; choose from {', '.join(known)}, or a file FILE.tiktoken or {FILE}"
+        )
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # of requests, of the file system, of a checksum: tiktoken passes on what it met
@@ -50,6 +52,13 @@ def load(name):
         folder = os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir()) / "data-gym-cache")
         place = f"get {url} elsewhere and put it at {folder}/{hashlib.sha1(url.encode()).hexdigest()}" if url else error
         raise UserError(f"the vocabulary of tokenizer {name} cannot be had: {place}; or use --tokenizer=bpe") from None
+
+
+def published(name):
+    """The path of the tokenizer.json that a tokenizer's name means, or None: a path to one, or hf:FOLDER."""
+    path = Path(name.removeprefix("hf:")).expanduser()
+    path = path / FILE if name.startswith("hf:") else path
+    return path if path.name == FILE else None
 
 
 def make(name, pattern, ranks):
