@@ -82,7 +82,7 @@ def bring_tokenizer(config, folder):
     """Copy a published model's tokenizer into a run's folder, so that the run can be moved. Other tokenizers have names
     that hold everywhere."""
     if vocabulary.published(config.tokenizer):
-        from data import tokenizer_json  # here, as it needs the extra packages
+        from data import tokenizer_json  # It needs the extra packages.
 
         tokenizer_json.copy(vocabulary.load(config.tokenizer), Path(folder))
 
@@ -94,7 +94,7 @@ def find(run):
     """A run folder, a checkpoint file, or a published model (hf:...), which becomes a run folder -> the checkpoint's
     path. UserError when there is none."""
     if str(run).startswith(PUBLISHED):
-        from hub import load as hub  # here, as hub stands above and needs the extra packages
+        from hub import load as hub  # It stands above this module, and needs the extra packages.
 
         run = hub.as_run(str(run))
     path = Path(run)
@@ -113,8 +113,8 @@ def find(run):
 
 
 def load(run):
-    """A run folder, checkpoint file or published model -> its state, of tensors and plain values, checked. Nothing in it
-    can run code. UserError for what is damaged or no checkpoint of ours, with what to do."""
+    """A run folder, checkpoint file or published model -> its state, of tensors and plain values, checked. Nothing in
+    it can run code. UserError for what is damaged or no checkpoint of ours, with what to do."""
     path = find(run)
     mapped = path.with_name(SOURCE).exists()  # A published model can be large, and no training writes over it.
     try:
@@ -133,14 +133,15 @@ def load(run):
 
 
 def checked(state, path):
-    """The state read from `path`, if it is one of ours. UserError otherwise."""
+    """The state read from `path`, if it is one of ours, with a default for every setting that it lacks. UserError
+    otherwise."""
     kinds = {"model": dict, "step": int, "config": dict}  # what every checkpoint holds; the latest holds more
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path} is no checkpoint of ours: it lacks model, step or config")
     unknown = state["config"].keys() - {field.name for field in fields(Config)}
     if unknown:
         raise UserError(f"{path} has settings this version does not know: {', '.join(sorted(map(str, unknown)))}")
-    return state
+    return state | {"config": plain(Config()) | state["config"]}  # It may be older than some settings.
 
 
 def locate_tokenizer(name, path):
@@ -170,7 +171,7 @@ def instead_of(path):
 
 
 def config_of(state, **changes):
-    """The Config of a checkpoint, with some keys changed. A setting that it is older than has its default."""
+    """The Config of a checkpoint, with some keys changed."""
     return make(Config, state["config"] | changes)
 
 
@@ -193,8 +194,8 @@ def merge_posenc(spec, override):
 
 
 def build(config, device="cpu", initial=True):
-    """A new model on a torch device, with its initial weights or, without `initial`, any. UserError for settings that do
-    not fit together."""
+    """A new model on a torch device, with its initial weights or, without `initial`, any. UserError for settings that
+    do not fit together."""
     try:
         return GPT(config, config.seed if initial else None).to(device)
     except ValueError as error:
@@ -202,8 +203,8 @@ def build(config, device="cpu", initial=True):
 
 
 def load_weights(model, state, fresh=False, share=False):
-    """Put a checkpoint's weights into the model, or with `share` the tensors themselves. The weights of an encoding that
-    the checkpoint was not trained with are missing there: a UserError, or with `fresh` they stay as they were drawn."""
+    """Put a checkpoint's weights into the model, or with `share` the tensors themselves. Those of an encoding that the
+    checkpoint was not trained with are missing there: a UserError, or with `fresh` they stay as they were drawn."""
     weights, initial = state["model"], model.state_dict()
     old, new = state["config"]["posenc"], model.config.posenc
     if not posenc.derives(new, old):

@@ -104,10 +104,10 @@ class Task:
     masks, size = True, "endless"
     folder = "data/tasks.py"  # where the examples come from
 
-    def __init__(self, config, encoding):
+    def __init__(self, config, tokenizer):
         self.name, self.example = config.dataset, TASKS[config.dataset]
         self.shortest = len("".join(self.example(0, np.random.default_rng(0))))
-        self.end = encoding.eot_token
+        self.end = tokenizer.eot_token
         least = min(length for _, length in config.phases)
         for wrong, said in (
             (config.tokenizer != "bytes", "is spelt in characters; take --tokenizer=bytes"),
@@ -117,7 +117,7 @@ class Task:
             if wrong:
                 raise UserError(f"dataset={self.name} {said}")
         self.meta = {
-            "tokenizer_fingerprint": vocabulary.fingerprint(encoding),
+            "tokenizer_fingerprint": vocabulary.fingerprint(tokenizer),
             "data_checksum": hashlib.sha256(repr((self.name, VERSION)).encode()).hexdigest(),
         }
 

@@ -26,13 +26,13 @@ def load(name):
     """A tokenizer's name -> tiktoken.Encoding. UserError says what to type, or where to put a file."""
     if path := published(name):
         try:
-            from data import tokenizer_json  # here, as it needs the extra packages
+            from data import tokenizer_json  # It needs the extra packages.
         except ImportError:
             raise UserError(f"tokenizer {name} takes more packages: pip install -r requirements-hf.txt") from None
         return tokenizer_json.load(path)
     if name == "bytes":
         return make(name, r"(?s:.)", {bytes([byte]): byte for byte in range(256)})
-    from data import bpe  # here, or `python -m data.bpe` would find itself imported
+    from data import bpe  # At the top of this file, `python -m data.bpe` would find itself imported already.
 
     path = SHIPPED.get(name, Path(name))
     if path.suffix == ".tiktoken":
@@ -62,6 +62,8 @@ def published(name):
 
 
 def make(name, pattern, ranks):
+    """A tiktoken.Encoding that cuts text by the regular expression `pattern` and merges by `ranks`, {bytes: id}. The
+    end-of-text token gets the id behind them."""
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
@@ -71,7 +73,7 @@ def begin(tokenizer):
 
 
 def fingerprint(tokenizer):
-    """A checksum of what every id stands for: two tokenizers with the same one read each other's tokens."""
+    """A checksum of what every id stands for: tokenizers of one fingerprint read each other's tokens."""
     digest = hashlib.sha256()
     for token in token_bytes(tokenizer):
         digest.update(len(token).to_bytes(4, "little") + token)
