@@ -95,7 +95,7 @@ def check(options, model, prompt, count):
 
 
 def write_texts(model, tokenizer, prompt, count, options, place):
-    """Continue `prompt` by `count` tokens, or to an end of text, in options.samples ways, of which the first is streamed.
+    """Continue `prompt` by `count` tokens, or to an end of text, in options.samples ways; the first is streamed.
     Returns the ids of each, prompt included, and the seconds it took. Ctrl-C ends them where they are."""
     end, config = tokenizer.eot_token, model.config
     # Some ids stand for no text: those that pad the vocabulary, and special tokens.

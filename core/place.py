@@ -64,8 +64,8 @@ class Place:
         return tuple(total.tolist())
 
     def send(self, x):
-        """The tensor x on the device. To CUDA it goes from pinned memory, in one piece: the copy then does not wait for what
-        the GPU computes."""
+        """The tensor x on the device. To CUDA it goes from pinned memory, in one piece: then the copy does not wait for
+        what the GPU computes."""
         if self.device.type == "cuda":
             return x.contiguous().pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device)

@@ -13,8 +13,8 @@ from data import vocabulary
 T = 16  # of the run that `trained` makes
 
 
-def test_streams_past_the_training_length_marks_it_and_scores_blocks(trained, run_script):
-    done = run_script("sample.py", trained, "--prompt=line 7 says ", "--tokens=128")
+def test_streams_past_the_training_length_marks_it_and_scores_blocks(trained, call_script):
+    done = call_script("sample.py", trained, "--prompt=line 7 says ", "--tokens=128")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("line 7 says ")
     assert done.stdout.count(f"[--- {T} tokens: the training length ends here ---]") == 1
@@ -48,9 +48,9 @@ def test_any_prompt_works(trained, call_script, prompt):
 
 
 def test_never_prints_half_a_character(capsys):
-    encoding, text = vocabulary.load("bytes"), "é日本👩‍👧!"
-    stream, seen = sample.Stream(encoding), ""
-    for token in encoding.encode_ordinary(text):
+    tokenizer, text = vocabulary.load("bytes"), "é日本👩‍👧!"
+    stream, seen = sample.Stream(tokenizer), ""
+    for token in tokenizer.encode_ordinary(text):
         stream.write([token])
         seen += capsys.readouterr().out
         assert text.startswith(seen)
@@ -68,6 +68,7 @@ def test_window_posenc_and_crop_reach_the_model(trained, call_script):
         assert text(done) != plain
 
 
+@pytest.mark.slow
 def test_compiled_text_is_the_same_text(trained, call_script):
     plain, compiled = (call_script("sample.py", trained, "--tokens=40", *flags) for flags in ([], ["--compile"]))
     assert compiled.returncode == 0, compiled.stderr
