@@ -20,7 +20,6 @@ from core.place import Place
 from core.settings import Config
 from posenc import ENCODINGS
 
-
 # Roundings between two orders of summation in the tiny run's losses: TODO
 ROUNDINGS = 1000
 

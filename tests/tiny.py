@@ -1,7 +1,7 @@
 """Commands in real processes of their own, a tiny run among them, and the bounds that tests allow for rounding.
 
-`start` and `run` fork a command off a server that has imported torch and the project once, instead of importing them
-anew: it has its own arguments, folder, environment, output, exit status and signals, and begins after .1 s instead of 3.
+`start` and `run` fork a command off a server that has imported torch and the project once: it has arguments, a folder,
+an environment, output, an exit status and signals of its own, and begins after .1 s instead of 3.
 """
 
 import contextlib
@@ -47,15 +47,19 @@ def bound(dtype, terms, scale=1.0):
 
 # ---- processes
 
-_SERVER = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
+FORKS = sys.platform == "linux"  # elsewhere commands are started as any other program is
+METHOD = "forkserver" if FORKS else "spawn"
+_CONTEXT = multiprocessing.get_context(METHOD)
 _OUTPUT = tempfile.TemporaryDirectory(prefix="output-")
 
 
-def _prepare_server():
-    """Start the server that commands are forked from. It has to have one thread, and no OpenMP region behind it, since
+def prepare_server():
+    """Start the server, unless it runs, that commands are forked from. It has to have one thread, and no OpenMP region behind it, since
     neither survives a fork."""
+    if not FORKS:
+        return
     modules = ["core.start", "torch", "pytest", "matplotlib.pyplot", "train", "sample", "evaluate", "compare", "tiny"]
-    _SERVER.set_forkserver_preload(modules)
+    _CONTEXT.set_forkserver_preload(modules)
     before = dict(os.environ)
     try:
         os.environ.update(ENV, PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
@@ -107,10 +111,10 @@ class Command:
         for file in self.files:
             file.touch()
         ours = line[0] == sys.executable and (line[1].endswith(".py") or line[1] == "-m")
-        self.forked = bool(_SERVER and ours and not fresh and "torch.distributed.run" not in line)
+        self.forked = bool(FORKS and ours and not fresh and "torch.distributed.run" not in line)
         if self.forked:
-            _prepare_server()
-            self.process = _SERVER.Process(target=_become, args=(line[1:], cwd, env, *self.files), daemon=True)
+            prepare_server()
+            self.process = _CONTEXT.Process(target=_become, args=(line[1:], cwd, env, *self.files), daemon=True)
             self.process.start()
         else:
             with open(self.files[0], "w") as out, open(self.files[1], "w") as err:
