@@ -146,8 +146,8 @@ def their_weights(model, kind, written):
         if config.embed_norm and not written.embed_norm and name.startswith(("token.", "posenc.")):
             tensor = model.token_norm(tensor)
         tensor, names = relaid(family, name, tensor, config.n_head, back=True), theirs(family, name)
+        prefix = "" if name == "head.weight" else family.prefix
         for their_name, part in zip(names, unstacked(tensor, name, len(names), config), strict=True):
-            prefix = "" if their_name.startswith("head.") else family.prefix
             state[prefix + their_name] = part.clone()  # No two share memory.
     return state
 

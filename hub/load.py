@@ -54,7 +54,7 @@ def as_run(name):
     try:
         source = find(name)
     except UserError:
-        if made:
+        if made and not is_folder(name):
             return folder
         raise
     if runs.read_json(folder / runs.SOURCE) != record(source):

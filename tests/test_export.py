@@ -4,7 +4,6 @@ import dataclasses
 import json
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ pytest.importorskip("safetensors", reason=WHY)
 pytest.importorskip("tokenizers", reason=WHY)
 
 import tiktoken
-from tiny import ENV, ROOT
+from tiny import ROOT, finish
 
 from core import runs
 from core.errors import UserError
@@ -25,7 +24,7 @@ from core.flags import make, read
 from core.settings import Config
 from data import bpe, tokenizer_json, vocabulary
 from hub import export
-from hub import load as hf
+from hub import load
 from posenc import every
 
 T = 16
@@ -43,16 +42,22 @@ TEXTS = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """What hf:... is converted to goes to tmp_path/out/hf."""
+    monkeypatch.chdir(tmp_path)
+
+
 def save(folder, tokens="bytes", **settings):
     """A run folder of a tiny model whose parameters are all random, and that model."""
-    encoding = vocabulary.load(tokens)
-    config = make(Config, SMALL | {"vocab_size": encoding.n_vocab + 3, "tokenizer": tokens} | settings)
+    tokenizer = vocabulary.load(tokens)
+    config = make(Config, SMALL | {"vocab_size": tokenizer.n_vocab + 3, "tokenizer": tokens} | settings)
     model, generator = runs.build(config).eval(), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
     state = {"model": model.state_dict(), "step": 0, "config": dataclasses.asdict(config)}
     folder.mkdir()
-    runs.save(folder, runs.CKPT, state | {"tokenizer_fingerprint": vocabulary.fingerprint(encoding)})
+    runs.save(folder, runs.CKPT, state | {"tokenizer_fingerprint": vocabulary.fingerprint(tokenizer)})
     return model
 
 
@@ -152,15 +157,15 @@ def test_tokenizers_give_the_same_ids(tokens, kind, tmp_path):
     save(tmp_path / "run", tokens, **settings)
     export.main([str(tmp_path / "run"), str(tmp_path / "there")])
     assert written(tmp_path / "there")["model_type"] == kind
-    encoding, theirs = vocabulary.load(tokens), transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
+    tokenizer, theirs = vocabulary.load(tokens), transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
     for text in TEXTS:
-        assert theirs(text).input_ids == encoding.encode_ordinary(text)
-        assert theirs.decode(encoding.encode_ordinary(text)) == text
-    end = encoding.eot_token
-    assert theirs("a<|endoftext|>").input_ids == [*encoding.encode_ordinary("a"), end]
+        assert theirs(text).input_ids == tokenizer.encode_ordinary(text)
+        assert theirs.decode(tokenizer.encode_ordinary(text)) == text
+    end = tokenizer.eot_token
+    assert theirs("a<|endoftext|>").input_ids == [*tokenizer.encode_ordinary("a"), end]
     assert theirs.eos_token_id == theirs.bos_token_id == written(tmp_path / "there")["eos_token_id"] == end
     assert theirs.model_max_length == T
-    assert vocabulary.fingerprint(hf.load_tokenizer(f"hf:{tmp_path / 'there'}")) == vocabulary.fingerprint(encoding)
+    assert vocabulary.fingerprint(vocabulary.load(f"hf:{tmp_path / 'there'}")) == vocabulary.fingerprint(tokenizer)
 
 
 PATTERNS = {  # as tiktoken writes them
@@ -174,10 +179,10 @@ PATTERNS = {  # as tiktoken writes them
 def test_patterns_of_other_vocabularies(name):
     ranks = bpe.train(TEXTS, 900, pattern=tokenizer_json.dialect(PATTERNS[name]).replace(r"\z", r"\Z"))
     special = {"<|endoftext|>": len(ranks) + 1, "<|other|>": len(ranks) + 4}  # ids with gaps
-    encoding = tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special)
-    inner = tokenizer_json.inner(encoding)
+    tokenizer = tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special)
+    inner = tokenizer_json.inner(tokenizer)
     for text in TEXTS:
-        assert inner.encode(text).ids == encoding.encode_ordinary(text)
+        assert inner.encode(text).ids == tokenizer.encode_ordinary(text)
     assert {text: inner.token_to_id(text) for text in special} == special
 
 
@@ -259,22 +264,26 @@ def test_a_folder_with_something_in_it_is_left_alone(trained, tmp_path, call_scr
 
 
 def test_a_killed_export_leaves_no_folder(trained, tmp_path, call_script):
-    die = "export.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
-    kill = f"import os, signal; from hub import export; {die}; export.main({{!r}})"
-    argv = [str(trained), str(tmp_path / "there")]
-    killed = subprocess.run([sys.executable, "-c", kill.format(argv)], cwd=ROOT, env=ENV, check=False)
+    (tmp_path / "kill.py").write_text(
+        "import os, signal, sys\n"
+        "from hub import export\n"
+        "export.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "export.main(sys.argv[1:])\n"
+    )
+    folder = tmp_path / "a" / "there"
+    killed = finish([sys.executable, tmp_path / "kill.py", trained, folder])
     assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["there.part"]
-    assert not (tmp_path / "there.part/model.safetensors").exists()
-    assert call_script("hub/export.py", *argv).returncode == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
-    check(runs.open_run(trained).model, tmp_path / "there")
+    assert [path.name for path in folder.parent.iterdir()] == ["there.part"]
+    assert not (tmp_path / "a/there.part/model.safetensors").exists()
+    assert call_script("hub/export.py", trained, folder).returncode == 0
+    assert [path.name for path in folder.parent.iterdir()] == ["there"]
+    check(runs.open_run(trained).model, folder)
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "name a run and a folder to write; usage: python export.py RUN FOLDER"),
+        ([], "name a run and a folder to write; usage: python -m hub.export RUN FOLDER"),
         (["a", "b", "c"], "name a run and a folder to write"),
         (["nowhere", "there"], "no run nowhere"),
         (["nowhere", "there", "--posens=rope"], "unknown key 'posens'"),
@@ -291,11 +300,11 @@ def test_mistakes_are_one_line(argv, said, tmp_path, call_script):
 def test_help(call_script):
     done = call_script("hub/export.py", "--help")
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: python export.py RUN FOLDER")
+    assert done.stdout.startswith("usage: python -m hub.export RUN FOLDER")
 
 
 def test_without_the_extra_it_says_what_to_install(trained, call_script, monkeypatch):
-    monkeypatch.setattr(hf, "tokenizer_json", None)
+    monkeypatch.setattr(load, "tokenizer_json", None)
     done = call_script("hub/export.py", trained, "there")
     assert done.returncode == 2
     assert done.stderr.endswith("pip install -r requirements-hf.txt\n")

@@ -566,7 +566,7 @@ def inner_of(folder):
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_are_theirs_and_give_back_the_text(plain, llama2, text):
     for folder, before in ((plain["llama"], ""), (llama2, " ")):
-        encoding, inner = hf.load_tokenizer(f"hf:{folder}"), inner_of(folder)
+        encoding, inner = vocabulary.load(f"hf:{folder}"), inner_of(folder)
         ids = encoding.encode_ordinary(text)
         assert ids == inner.encode(text, add_special_tokens=False).ids
         expected = (before + text if text else "").encode()  # the one space that sentencepiece puts before a text
@@ -578,13 +578,13 @@ def test_tokens_are_theirs_and_give_back_the_text(plain, llama2, text):
 
 def test_merged_tokens_are_used(plain, llama2):
     for folder in (plain["llama"], llama2):
-        encoding = hf.load_tokenizer(f"hf:{folder}")
+        encoding = vocabulary.load(f"hf:{folder}")
         assert len(encoding.encode_ordinary("line says")) < len("line says")
 
 
 def test_streamed_text_has_no_half_characters(plain, llama2, capsys):
     for folder, before in ((plain["llama"], ""), (llama2, " ")):
-        encoding, text, seen = hf.load_tokenizer(f"hf:{folder}"), "é日本👩‍👧 line!", ""
+        encoding, text, seen = vocabulary.load(f"hf:{folder}"), "é日本👩‍👧 line!", ""
         stream = sample.Stream(encoding)
         for token in encoding.encode_ordinary(text):
             stream.write([token])
@@ -597,7 +597,7 @@ def test_streamed_text_has_no_half_characters(plain, llama2, capsys):
 def test_a_text_begins_as_the_post_processor_says(tmp_path, llama2, how):
     shutil.copy(llama2 / "config.json", tmp_path)
     sentencepiece(tmp_path / "tokenizer.json", **how)
-    encoding = hf.load_tokenizer(f"hf:{tmp_path}")
+    encoding = vocabulary.load(f"hf:{tmp_path}")
     assert (vocabulary.begin(encoding), encoding.eot_token) == ([1], 2)
     long = encoding.encode_ordinary("line says " * 9)
     assert encoding.decode_bytes(long) == b" " + b"line says " * 9
@@ -605,7 +605,7 @@ def test_a_text_begins_as_the_post_processor_says(tmp_path, llama2, how):
 
 
 def test_nothing_begins_a_text_where_nothing_is_put_before_it(plain):
-    assert vocabulary.begin(hf.load_tokenizer(f"hf:{plain['llama']}")) == []
+    assert vocabulary.begin(vocabulary.load(f"hf:{plain['llama']}")) == []
 
 
 def test_added_tokens_that_are_not_special_are_text(tmp_path, plain):
@@ -614,7 +614,7 @@ def test_added_tokens_that_are_not_special_are_text(tmp_path, plain):
     inner.add_tokens(["    ", "naïve"])  # GPT-NeoX has such runs of spaces
     inner.add_special_tokens(["<|pad|>"])
     inner.save(str(folder / "tokenizer.json"))
-    encoding = hf.load_tokenizer(f"hf:{folder}")
+    encoding = vocabulary.load(f"hf:{folder}")
     ids = encoding.encode_ordinary("line    naïve <|pad|>")
     assert {V, V + 1} < set(ids) and V + 2 not in ids
     assert encoding.decode_bytes(ids).decode() == "line    naïve <|pad|>"
@@ -623,11 +623,11 @@ def test_added_tokens_that_are_not_special_are_text(tmp_path, plain):
 
 
 def test_tokenizers_differ_by_their_vocabulary(tmp_path, plain, llama2):
-    one = [hf.load_tokenizer(f"hf:{plain[name]}") for name in ("llama", "qwen2")]
+    one = [vocabulary.load(f"hf:{plain[name]}") for name in ("llama", "qwen2")]
     assert vocabulary.fingerprint(one[0]) == vocabulary.fingerprint(one[1])
     shutil.copy(llama2 / "config.json", tmp_path)
     sentencepiece(tmp_path / "tokenizer.json", more=["\u2581lin"])
-    other = [hf.load_tokenizer(f"hf:{folder}") for folder in (llama2, tmp_path)]
+    other = [vocabulary.load(f"hf:{folder}") for folder in (llama2, tmp_path)]
     assert vocabulary.fingerprint(other[0]) != vocabulary.fingerprint(other[1])
 
 
@@ -748,7 +748,7 @@ def lengthened(folder, target, length):
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_greedy_text_is_theirs(tmp_path, bpe, call_script, model_type):
     folder = save(tmp_path / "tiny", bpe, model_type)
-    encoding, prompt = hf.load_tokenizer(f"hf:{folder}"), "line 7 says that"
+    encoding, prompt = vocabulary.load(f"hf:{folder}"), "line 7 says that"
     ids = encoding.encode_ordinary(prompt)
     count = T - 1 - len(ids)
     greedy = dict(do_sample=False, max_new_tokens=count, suppress_tokens=[0], pad_token_id=0)  # 0 ends a text
@@ -765,7 +765,7 @@ def test_what_is_put_before_a_text_is_read_and_not_printed(llama2, call_script):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[--- sample 1 ---]\n line") and "[--- sample 2 ---]\n line" in done.stdout
     assert "<s>" not in done.stdout
-    begun = hf.load_tokenizer(f"hf:{llama2}").encode_ordinary("line")
+    begun = vocabulary.load(f"hf:{llama2}").encode_ordinary("line")
     assert f"{1 + len(begun)} - {3 + len(begun)} " in done.stdout  # <s> is a token of the prompt
     empty = call_script("sample.py", f"hf:{llama2}", "--tokens=3")
     assert empty.returncode == 0, empty.stderr
