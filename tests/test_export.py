@@ -23,8 +23,7 @@ from core.errors import UserError
 from core.flags import make, read
 from core.settings import Config
 from data import bpe, tokenizer_json, vocabulary
-from hub import export
-from hub import load
+from hub import export, load
 from posenc import every
 
 T = 16
@@ -201,7 +200,9 @@ def test_a_run_from_a_published_model_keeps_its_tokenizer(settings, tmp_path):
     if settings:
         state["config"]["bias"] = "qkv"
         state["model"] = {name: x for name, x in state["model"].items() if not name.endswith("attn.proj.bias")}
-    runs.save(tmp_path / "tuned", runs.CKPT, state)
+    config = runs.config_of(state)
+    runs.bring_tokenizer(config, tmp_path / "tuned")
+    runs.save(tmp_path / "tuned", runs.CKPT, state | {"config": runs.plain(config)})
     export.main([str(tmp_path / "tuned"), str(tmp_path / "again")])
     assert written(tmp_path / "again")["model_type"] == ("qwen2" if settings else "llama")
     assert (tmp_path / "again/tokenizer.json").read_text() == (tmp_path / "there/tokenizer.json").read_text()

@@ -1,5 +1,6 @@
 """Published models: what `transformers` computes from a folder is what we compute from it, and what we refuse."""
 
+import concurrent.futures
 import hashlib
 import http.server
 import itertools
@@ -8,14 +9,13 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 
 import pytest
 import torch
-from tiny import ENV, ROOT, TINY
+from tiny import ROOT, TINY, finish, start
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install -r requirements-hf.txt")
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra: pip install -r requirements-hf.txt")
@@ -24,10 +24,10 @@ safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra: 
 import data
 import posenc
 import sample
-from core import runs
+from core import report, runs
 from core.errors import UserError
 from data import vocabulary
-from hub import load as hf
+from hub import load
 from model import Cache
 
 T, ORIGINAL, V = 64, 32, 300  # positions of the tiny models, those before a scaling, and their vocabulary
@@ -44,7 +44,9 @@ SIZES = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_seed():
+def one_thread_and_seed(tmp_path, monkeypatch):
+    """One thread, one seed, and a folder of its own, where what hf:... is converted to goes to out/hf."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -100,9 +102,9 @@ def ids(length, rows=2):
 
 
 def pieces(tokens, prompt):
-    """The prompt, three tokens together, and the others one by one."""
-    rest = tokens.shape[1] - prompt - 3
-    return tokens.split([prompt, 3, *[1] * rest], dim=1)
+    """The prompt, three tokens together, what is left, and the last six one by one."""
+    rest = tokens.shape[1] - prompt - 9
+    return tokens.split([prompt, 3, rest, *[1] * 6], dim=1)
 
 
 @torch.inference_mode()
@@ -388,9 +390,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 BAD = {
     "a missing shard": (lambda f: (f / shard(f)[1]).unlink(), ["model-00002-of-", "which model.safe"]),
     "a shard cut short": (lambda f: cut(f / shard(f)[1]), ["model-00002-of-", "cut short"]),
-    "an index cut short": (lambda f: (shard(f), cut(f / hf.INDEX)), [hf.INDEX, "cannot be read"]),
+    "an index cut short": (lambda f: (shard(f), cut(f / load.INDEX)), [load.INDEX, "cannot be read"]),
     "an index of another form": (
-        lambda f: (shard(f), (f / hf.INDEX).write_text('{"weight_map": ["a"]}')), [hf.INDEX, "weight_map"]
+        lambda f: (shard(f), (f / load.INDEX).write_text('{"weight_map": ["a"]}')), [load.INDEX, "weight_map"]
     ),
     "a file cut short": (lambda f: cut(f / "model.safetensors"), ["model.safetensors is damaged", "cut short"]),
     "a header cut short": (lambda f: cut(f / "model.safetensors", 1e-2), ["model.safetensors is damaged"]),
@@ -469,7 +471,7 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, plain, call_script, w
 
 def refused(done, *words):
     assert done.returncode == 2, done.stdout + done.stderr
-    script = next(os.path.basename(word) for word in done.args if word.endswith(".py"))
+    script = next(os.path.basename(word) for word in map(str, done.args) if word.endswith(".py"))
     assert done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, done.stderr
     for word in words:
         assert word in done.stderr
@@ -505,8 +507,12 @@ def test_a_published_model_named_as_a_run_is_told_its_name(plain, call_script):
 
 
 def test_without_the_extra_packages_a_line_says_how_to_get_them(plain, call_script, monkeypatch):
-    monkeypatch.setattr(hf, "tokenizer_json", None)
+    monkeypatch.setattr(load, "tokenizer_json", None)
     refused(call_script("sample.py", f"hf:{plain['llama']}"), "pip install -r requirements-hf.txt")
+    monkeypatch.delattr(data, "tokenizer_json")
+    monkeypatch.setitem(sys.modules, "data.tokenizer_json", None)
+    with pytest.raises(UserError, match="pip install -r requirements-hf.txt"):
+        vocabulary.load(str(plain["llama"] / "tokenizer.json"))
 
 
 # ---- tokenizers
@@ -566,27 +572,27 @@ def inner_of(folder):
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_are_theirs_and_give_back_the_text(plain, llama2, text):
     for folder, before in ((plain["llama"], ""), (llama2, " ")):
-        encoding, inner = vocabulary.load(f"hf:{folder}"), inner_of(folder)
-        ids = encoding.encode_ordinary(text)
+        tokenizer, inner = vocabulary.load(f"hf:{folder}"), inner_of(folder)
+        ids = tokenizer.encode_ordinary(text)
         assert ids == inner.encode(text, add_special_tokens=False).ids
         expected = (before + text if text else "").encode()  # the one space that sentencepiece puts before a text
-        assert encoding.decode_bytes(ids) == expected
+        assert tokenizer.decode_bytes(ids) == expected
         assert inner.decode(ids, skip_special_tokens=False) == text
-        assert sum(vocabulary.byte_lengths(encoding)[ids]) == len(expected)
-        assert encoding.eot_token not in ids
+        assert sum(vocabulary.byte_lengths(tokenizer)[ids]) == len(expected)
+        assert tokenizer.eot_token not in ids
 
 
 def test_merged_tokens_are_used(plain, llama2):
     for folder in (plain["llama"], llama2):
-        encoding = vocabulary.load(f"hf:{folder}")
-        assert len(encoding.encode_ordinary("line says")) < len("line says")
+        tokenizer = vocabulary.load(f"hf:{folder}")
+        assert len(tokenizer.encode_ordinary("line says")) < len("line says")
 
 
 def test_streamed_text_has_no_half_characters(plain, llama2, capsys):
     for folder, before in ((plain["llama"], ""), (llama2, " ")):
-        encoding, text, seen = vocabulary.load(f"hf:{folder}"), "é日本👩‍👧 line!", ""
-        stream = sample.Stream(encoding)
-        for token in encoding.encode_ordinary(text):
+        tokenizer, text, seen = vocabulary.load(f"hf:{folder}"), "é日本👩‍👧 line!", ""
+        stream = sample.Stream(tokenizer)
+        for token in tokenizer.encode_ordinary(text):
             stream.write([token])
             seen += capsys.readouterr().out
             assert (before + text).startswith(seen)
@@ -597,11 +603,11 @@ def test_streamed_text_has_no_half_characters(plain, llama2, capsys):
 def test_a_text_begins_as_the_post_processor_says(tmp_path, llama2, how):
     shutil.copy(llama2 / "config.json", tmp_path)
     sentencepiece(tmp_path / "tokenizer.json", **how)
-    encoding = vocabulary.load(f"hf:{tmp_path}")
-    assert (vocabulary.begin(encoding), encoding.eot_token) == ([1], 2)
-    long = encoding.encode_ordinary("line says " * 9)
-    assert encoding.decode_bytes(long) == b" " + b"line says " * 9
-    assert encoding.decode_bytes(encoding.encode_ordinary("line")) == b" line"  # not padded
+    tokenizer = vocabulary.load(f"hf:{tmp_path}")
+    assert (vocabulary.begin(tokenizer), tokenizer.eot_token) == ([1], 2)
+    long = tokenizer.encode_ordinary("line says " * 9)
+    assert tokenizer.decode_bytes(long) == b" " + b"line says " * 9
+    assert tokenizer.decode_bytes(tokenizer.encode_ordinary("line")) == b" line"  # not padded
 
 
 def test_nothing_begins_a_text_where_nothing_is_put_before_it(plain):
@@ -614,11 +620,11 @@ def test_added_tokens_that_are_not_special_are_text(tmp_path, plain):
     inner.add_tokens(["    ", "naïve"])  # GPT-NeoX has such runs of spaces
     inner.add_special_tokens(["<|pad|>"])
     inner.save(str(folder / "tokenizer.json"))
-    encoding = vocabulary.load(f"hf:{folder}")
-    ids = encoding.encode_ordinary("line    naïve <|pad|>")
+    tokenizer = vocabulary.load(f"hf:{folder}")
+    ids = tokenizer.encode_ordinary("line    naïve <|pad|>")
     assert {V, V + 1} < set(ids) and V + 2 not in ids
-    assert encoding.decode_bytes(ids).decode() == "line    naïve <|pad|>"
-    lengths = vocabulary.byte_lengths(encoding)
+    assert tokenizer.decode_bytes(ids).decode() == "line    naïve <|pad|>"
+    lengths = vocabulary.byte_lengths(tokenizer)
     assert lengths[[0, V, V + 1, V + 2]].tolist() == [0, 4, len("naïve".encode()), 0]
 
 
@@ -696,45 +702,205 @@ def hub(plain, tmp_path):
         thread.join()
 
 
-def hub_env(tmp_path, port, **more):
-    return {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "home"), "no_proxy": "*"} | more
+@pytest.fixture
+def hub_at(tmp_path, monkeypatch):
+    """hub_at(port, offline=False): the server that huggingface_hub asks, and a cache of its own."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setenv("no_proxy", "*")
+
+    def choose(port, offline=False):
+        url = f"http://127.0.0.1:{port}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        load.download.cache_clear()
+
+    yield choose
+    load.download.cache_clear()
 
 
-def test_a_published_model_is_downloaded_once(hub, tmp_path, plain, run_script, call_script):
-    env = hub_env(tmp_path, hub.server_port)
+def test_a_published_model_is_downloaded_once(hub, hub_at, tmp_path, plain, call_script):
     flags = ["--tokens=8", "--temperature=0", "--prompt=line 7"]
-    done = run_script("sample.py", "hf:owner/tiny", *flags, env=env)
-    assert done.returncode == 0, done.stderr
+    hub_at(hub.server_port)
+    done = call_script("sample.py", "hf:owner/tiny", *flags)
+    assert done.returncode == 0
+    assert done.stderr.endswith("\nhf:owner/tiny is now the run out/hf/owner--tiny\n")  # after a bar of huggingface_hub
     local = call_script("sample.py", f"hf:{plain['llama']}", *flags)
     assert done.stdout.partition(" tokens in")[0] == local.stdout.partition(" tokens in")[0]
     assert any(path.endswith("/model.safetensors") for path in hub.asked)
     assert not any("pytorch_model.bin" in path for path in hub.asked)
     assert sum("/tree/" in path for path in hub.asked) == 1
     hub.asked.clear()
-    again = run_script("sample.py", "hf:owner/tiny", *flags, env=env | {"HF_HUB_OFFLINE": "1"})
-    assert again.returncode == 0, again.stderr
-    assert hub.asked == []
+    hub_at(hub.server_port, offline=True)
+    again = call_script("sample.py", "hf:owner/tiny", *flags)
+    assert (again.returncode, again.stderr, hub.asked) == (0, "", [])
     assert again.stdout.partition(" tokens in")[0] == done.stdout.partition(" tokens in")[0]
+    shutil.rmtree(tmp_path / "home")  # the run made from it is enough
+    hub_at(hub.server_port, offline=True)
+    last = call_script("sample.py", "hf:owner/tiny", *flags)
+    assert (last.returncode, last.stderr, last.stdout.partition(" tokens in")[0]) == (
+        0, "", done.stdout.partition(" tokens in")[0],
+    )  # fmt: skip
 
 
-def test_a_published_model_that_cannot_be_had_is_one_line(hub, tmp_path, run_script):
-    unknown = run_script("sample.py", "hf:owner/unknown", env=hub_env(tmp_path, hub.server_port))
+def test_an_older_run_finds_the_tokenizer_of_a_downloaded_model(hub, hub_at, tmp_path):
+    hub_at(hub.server_port)
+    state = runs.load("hf:owner/tiny")
+    (tmp_path / "older").mkdir()
+    runs.save(tmp_path / "older", runs.CKPT, state | {"config": state["config"] | {"tokenizer": "hf:owner/tiny"}})
+    assert runs.open_run(tmp_path / "older").config.tokenizer == "out/hf/owner--tiny/tokenizer.json"
+
+
+def test_a_published_model_that_cannot_be_had_is_one_line(hub, hub_at, call_script):
+    hub_at(hub.server_port)
+    unknown = call_script("sample.py", "hf:owner/unknown")
     refused(unknown, "hf:owner/unknown", "404", "api/models/owner/unknown", "hf:FOLDER")
     with socket.socket() as free:  # nobody listens there
         free.bind(("127.0.0.1", 0))
-        nobody = run_script("sample.py", "hf:owner/tiny", env=hub_env(tmp_path, free.getsockname()[1]))
+        hub_at(free.getsockname()[1])
+        nobody = call_script("sample.py", "hf:owner/tiny")
     refused(nobody, "hf:owner/tiny", "Connection refused", "hf:FOLDER")
 
 
-def test_a_server_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub").constants
+def test_a_server_that_never_answers_is_not_waited_for(hub_at, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-        monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(hf, "PATIENCE", 0.1)
+        hub_at(silent.getsockname()[1])
+        monkeypatch.setattr(load, "PATIENCE", 0.1)
         with pytest.raises(UserError, match="hf:owner/tiny is no folder here, and cannot be downloaded.*timed out"):
-            hf.find("hf:owner/tiny")
+            runs.find("hf:owner/tiny")
+
+
+# ---- the run that is made from a published model
+
+
+def converted(folder):
+    """Where the run made from hf:FOLDER lies."""
+    return runs.find(f"hf:{folder}").parent
+
+
+def test_a_published_model_becomes_a_run_folder_once(tmp_path, bpe, capsys, monkeypatch):
+    folder = save(tmp_path / "tiny", bpe, "llama", torch.bfloat16)
+    capsys.readouterr()  # of transformers
+    run = converted(folder)
+    assert capsys.readouterr().err == f"hf:{folder} is now the run {run}\n"
+    assert (run.parent, run.name[:-8]) == (load.OUT, "tiny-")
+    names = ["ckpt.pt", "config.json", "source.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in run.iterdir()) == names
+    assert json.loads((run / "config.json").read_text())["tokenizer"] == "tokenizer.json"
+    state = runs.load(run)
+    assert {weight.dtype for weight in state["model"].values()} == {torch.bfloat16}  # as published
+    monkeypatch.setattr(load, "convert", None)
+    opened = [runs.open_run(name) for name in (f"hf:{folder}", run, run / "ckpt.pt")]
+    assert capsys.readouterr().err == ""
+    for each in opened:
+        assert (each.config.tokenizer, each.step) == (str(run / "tokenizer.json"), 0)
+        assert all(
+            torch.equal(weight, state["model"][name].float()) for name, weight in each.model.state_dict().items()
+        )
+
+
+def test_half_precision_becomes_float32_once_for_all_overrides(tmp_path, bpe):
+    folder = save(tmp_path / "tiny", bpe, "llama", torch.bfloat16, tie_word_embeddings=True)
+    one, other = runs.open_runs(f"hf:{folder}", ["", 'rope(scaling="linear", factor=2)'])
+    for name, weight in one.model.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert weight.data_ptr() == other.model.state_dict()[name].data_ptr()
+
+
+@pytest.mark.parametrize("what", ["config.json", "tokenizer.json", "model.safetensors", load.INDEX])
+def test_a_source_that_changed_is_converted_anew(tmp_path, plain, capsys, what):
+    folder = copy(plain["llama"], tmp_path / "tiny")
+    run = converted(folder)
+    before = runs.load(run)
+    if what == load.INDEX:
+        shard(folder)
+    elif what == "model.safetensors":
+        changed(folder, Q, lambda weight: weight + 1)
+    elif what == "config.json":
+        edit(folder, rms_norm_eps=0.25)
+    else:
+        retokenized(folder, lambda inner: inner["added_tokens"][0].update(special=False))
+    capsys.readouterr()  # of transformers too
+    assert runs.find(f"hf:{folder}").parent == run
+    assert capsys.readouterr().err == f"hf:{folder} has changed: the run {run} is made anew\n"
+    after = runs.load(run)
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(before["model"][name], after["model"][name]) == (what != "model.safetensors")
+    assert (before["config"] == after["config"]) == (what != "config.json")
+    assert (before["tokenizer_fingerprint"] == after["tokenizer_fingerprint"]) == (what != "tokenizer.json")
+    assert sorted(path.name for path in load.OUT.iterdir()) == [run.name, f"{run.name}.lock"]
+
+
+def test_a_source_that_is_damaged_by_now_is_refused(tmp_path, plain, call_script):
+    folder = copy(plain["llama"], tmp_path / "tiny")
+    converted(folder)
+    cut(folder / "model.safetensors")
+    refused(call_script("sample.py", f"hf:{folder}", "--tokens=1"), "model.safetensors is damaged")
+
+
+@pytest.mark.parametrize("name", ["tiny", "models/tiny"])  # the second may be an OWNER/NAME too
+def test_a_source_that_is_gone_is_not_needed(tmp_path, plain, name, monkeypatch):
+    copy(plain["llama"], tmp_path / name)
+    before = runs.open_run(f"hf:{name}").model.state_dict()
+    shutil.rmtree(tmp_path / name)
+    monkeypatch.setattr(load, "download", None)
+    after = runs.open_run(f"hf:{name}").model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_folders_of_one_name_do_not_collide(tmp_path, plain):
+    copy(plain["llama"], tmp_path / "a" / "tiny")
+    copy(plain["qwen2"], tmp_path / "b" / "tiny")
+    one, other = (runs.open_run(f"hf:{tmp_path / parent / 'tiny'}") for parent in "ab")
+    assert (one.config.bias, other.config.bias) == (False, "qkv")
+    assert runs.names([f"hf:{tmp_path / parent / 'tiny'}" for parent in "ab"]) == [
+        f"hf:{tmp_path / parent / 'tiny'}" for parent in "ab"
+    ]
+
+
+def test_a_kill_while_it_is_made_leaves_nothing_that_is_used(tmp_path, plain):
+    (tmp_path / "kill.py").write_text(
+        "import os, signal, sys\n"
+        "from core import runs\n"
+        "def half(state, file):\n"
+        "    file.write(b'PK')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "runs.torch.save = half\n"
+        "runs.find(sys.argv[1])\n"
+    )
+    name = f"hf:{plain['llama']}"
+    killed = finish([sys.executable, tmp_path / "kill.py", name], cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (left,) = load.OUT.glob("*.part")
+    assert (left / "tokenizer.json").exists() and not (left / "ckpt.pt").exists()
+    assert not left.with_suffix("").exists()
+    assert runs.find(name) == left.with_suffix("") / "ckpt.pt"
+    assert not left.exists()
+
+
+def test_processes_that_want_it_at_once_make_it_once(plain, monkeypatch, capsys):
+    convert, made = load.convert, []
+
+    def slowly(source, folder):
+        made.append(folder)
+        time.sleep(0.1)
+        convert(source, folder)
+
+    monkeypatch.setattr(load, "convert", slowly)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(load.as_run, [f"hf:{plain['llama']}"] * 3))
+    assert folders == set(made) and len(made) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_damaged_one_says_how_it_is_made_again(plain, call_script):
+    run = converted(plain["llama"])
+    cut(run / "ckpt.pt")
+    refused(call_script("sample.py", run, "--tokens=1"), f"{run}/ckpt.pt is damaged", f"remove {run}")
+    shutil.rmtree(run)
+    assert call_script("sample.py", f"hf:{plain['llama']}", "--tokens=1").returncode == 0
 
 
 # ---- the scripts
@@ -748,8 +914,8 @@ def lengthened(folder, target, length):
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_greedy_text_is_theirs(tmp_path, bpe, call_script, model_type):
     folder = save(tmp_path / "tiny", bpe, model_type)
-    encoding, prompt = vocabulary.load(f"hf:{folder}"), "line 7 says that"
-    ids = encoding.encode_ordinary(prompt)
+    tokenizer, prompt = vocabulary.load(f"hf:{folder}"), "line 7 says that"
+    ids = tokenizer.encode_ordinary(prompt)
     count = T - 1 - len(ids)
     greedy = dict(do_sample=False, max_new_tokens=count, suppress_tokens=[0], pad_token_id=0)  # 0 ends a text
     with torch.inference_mode():
@@ -757,7 +923,7 @@ def test_greedy_text_is_theirs(tmp_path, bpe, call_script, model_type):
     assert len(set(found[len(ids) :])) > 5
     done = call_script("sample.py", f"hf:{folder}", f"--prompt={prompt}", f"--tokens={count}", "--temperature=0")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.partition(f"\n\n{count} tokens in")[0] == encoding.decode_bytes(found).decode(errors="replace")
+    assert done.stdout.partition(f"\n\n{count} tokens in")[0] == tokenizer.decode_bytes(found).decode(errors="replace")
 
 
 def test_what_is_put_before_a_text_is_read_and_not_printed(llama2, call_script):
@@ -772,12 +938,14 @@ def test_what_is_put_before_a_text_is_read_and_not_printed(llama2, call_script):
     assert "1 - 3 " in empty.stdout  # <s> alone
 
 
-def test_a_published_model_is_evaluated(tmp_path, plain, bpe, llama2, corpus, call_script):
+def test_a_published_model_is_evaluated(tmp_path, plain, bpe, llama2, call_script, monkeypatch):
+    monkeypatch.setattr(report, "lines", lambda *_, **__: None)  # pictures are drawn in other tests
+    (tmp_path / "text.txt").write_text("".join(f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(300)))
     for folder in (plain["llama"], save(tmp_path / "gpt2", bpe, "gpt2"), llama2):
-        flags = [f"--data={corpus}", "--targets=2", "--train_length=16", f"--data_dir={tmp_path / 'data'}"]
-        done = call_script("evaluate.py", f"hf:{folder}", *flags, f"--out_dir={tmp_path / 'reach' / folder.name}")
+        flags = ["--data=text.txt", "--targets=2", "--train_length=16", "--data_dir=data"]
+        done = call_script("evaluate.py", f"hf:{folder}", *flags, f"--out_dir=reach/{folder.name}")
         assert done.returncode == 0, done.stderr
-        (result,) = json.loads((tmp_path / "reach" / folder.name / "length.json").read_text())["runs"].values()
+        (result,) = runs.read_json(tmp_path / "reach" / folder.name / "length.json")["runs"].values()
         assert result["lengths"][:2] == [8, 16] and result["step"] == 0
         assert all(0 < loss < 30 for loss in result["loss"])
 
@@ -790,32 +958,82 @@ def test_a_published_folder_is_not_written_into_and_a_run_is_none(plain, trained
         refused(call_script("evaluate.py", *argv), said)
 
 
-def test_a_published_model_is_tuned_to_twice_its_length_and_goes_on_after_a_stop(tmp_path, plain, corpus, call_script):
+@pytest.fixture
+def tuning(tmp_path, plain, corpus):
+    """(the folder of a published model, a run folder, flags of train.py that tune the one to twice its length)"""
     folder, out = lengthened(plain["llama"], tmp_path / "published", 16), tmp_path / "run"
     settings = {key: value for key, value in TINY.items() if key not in ("n_layer", "n_embd", "train_length")}
     settings |= {
         "init_from": f"hf:{folder}", "posenc": 'rope(scaling="yarn", factor=2)', "train_length": 32, "text": corpus,
         "data_dir": tmp_path / "data", "out_dir": out, "checkpoint_interval": 1000, "optimizer": "adamw",
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-2, "length_targets": 0,
     }  # fmt: skip
-    flags = [f"--{key}={value}" for key, value in settings.items()]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], env=ENV, stderr=subprocess.DEVNULL)
+    return folder, out, [f"--{key}={value}" for key, value in settings.items()]
+
+
+def test_a_published_model_is_tuned_to_twice_its_length_goes_on_after_a_stop_and_moves(tmp_path, tuning, call_script):
+    folder, out, flags = tuning
+    process = start([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path)
     while process.poll() is None and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
         time.sleep(0.005)
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()  # before the first step
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     stopped = runs.load(out)["step"]
-    assert 0 < stopped < settings["max_steps"]
+    assert 0 < stopped < TINY["max_steps"]
     done = call_script("train.py", *flags)
     assert done.returncode == 0, done.stderr
     losses = [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").open()) if "loss" in line]
-    assert len(losses) == settings["max_steps"] and losses[-1] < losses[0] - 1
-    state = runs.load(out)
+    assert len(losses) == TINY["max_steps"] and losses[-1] < losses[0] - 1
+    assert runs.read_json(out / "config.json")["tokenizer"] == "tokenizer.json"
+    for gone in (folder, load.OUT):
+        shutil.rmtree(gone)
+    moved = out.rename(tmp_path / "moved")
+    state = runs.load(moved)
     config = runs.config_of(state)
-    assert state["step"] == settings["max_steps"]
-    assert (config.train_length, config.original_length, config.tokenizer) == (32, 16, f"hf:{folder}")
+    assert state["step"] == TINY["max_steps"]
+    assert (config.train_length, config.original_length, config.tokenizer) == (32, 16, f"{moved}/tokenizer.json")
     assert posenc.parse(config.posenc) == (posenc.RoPE, {"base": 10000.0, "scaling": "yarn", "factor": 2})
-    done = call_script("evaluate.py", out, "--targets=2")
+    done = call_script("evaluate.py", moved, "--targets=2")
     assert done.returncode == 0, done.stderr
-    cut(folder / "tokenizer.json")
-    refused(call_script("evaluate.py", out, "--targets=2"), f"{folder}/tokenizer.json is damaged")
+    cut(moved / "tokenizer.json")
+    refused(call_script("evaluate.py", moved, "--targets=2"), f"{moved}/tokenizer.json is damaged")
+
+
+def test_a_run_that_was_tuned_before_tokenizers_were_copied_goes_on(tuning, call_script):
+    folder, out, flags = tuning
+    assert call_script("train.py", *flags, "--max_steps=2").returncode == 0
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    state["config"]["tokenizer"] = f"hf:{folder}"
+    runs.save(out, "ckpt.pt", state)
+    (out / "tokenizer.json").unlink()
+    assert runs.open_run(out).tokenizer.path == folder / "tokenizer.json"
+    done = call_script("train.py", *flags, "--max_steps=4")
+    assert done.returncode == 0, done.stderr
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    assert (state["step"], state["config"]["tokenizer"]) == (4, "tokenizer.json")
+    assert runs.load(out)["config"]["tokenizer"] == f"{out}/tokenizer.json"
+
+
+def test_an_older_run_without_its_tokenizer_says_where_it_was(tmp_path, plain, call_script):
+    folder = copy(plain["llama"], tmp_path / "published")
+    state = runs.load(f"hf:{folder}")
+    (tmp_path / "older").mkdir()
+    runs.save(tmp_path / "older", "ckpt.pt", state | {"config": state["config"] | {"tokenizer": f"hf:{folder}"}})
+    shutil.rmtree(folder)
+    assert runs.open_run("older").tokenizer.n_vocab == V  # of the run that was made from it
+    shutil.rmtree(load.OUT)
+    refused(
+        call_script("sample.py", "older"), "its tokenizer is that of a published model", f"hf:{folder} is no folder"
+    )
+
+
+def test_a_tokenizer_json_can_be_trained_with(tmp_path, plain, corpus, call_script):
+    for name in (plain["llama"] / "tokenizer.json", f"hf:{plain['llama']}"):
+        settings = TINY | {"tokenizer": name, "text": corpus, "data_dir": tmp_path / "data", "max_steps": 1}
+        settings |= {"out_dir": "run", "length_targets": 0}
+        done = call_script("train.py", *(f"--{key}={value}" for key, value in settings.items()))
+        assert done.returncode == 0, done.stderr
+        opened = runs.open_run("run")
+        assert (opened.config.tokenizer, opened.tokenizer.eot_token) == ("run/tokenizer.json", 0)
+        shutil.rmtree("run")
