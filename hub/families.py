@@ -35,8 +35,9 @@ class Family:
     by_head: bool = False  # rows of their stacked matrix are a head's query, key and value, then the next head's
 
 
-# Other settings that take more than one key.
+# Settings that take more than one key.
 
+# their activation -> ours
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "relu2": "relu2",
@@ -44,16 +45,16 @@ ACTIVATIONS = {
 
 
 def read_activation(cfg, key, usual):
-    """Their `key`, or what it is `usual`ly -> our `activation`."""
-    theirs = cfg.get(key) or usual
-    if theirs not in ACTIVATIONS:
-        unsupported(key, theirs)
-    return {"activation": ACTIVATIONS[theirs]}
+    """config.json's `key`, or `usual` where it is not there -> our `activation`."""
+    name = cfg.get(key) or usual
+    if name not in ACTIVATIONS:
+        unsupported(key, name)
+    return {"activation": ACTIVATIONS[name]}
 
 
 def write_activation(config, key):
     """The inverse of `read_activation`; None for an activation that they do not have."""
-    return {key: next((theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation), None)}
+    return {key: next((name for name, ours in ACTIVATIONS.items() if ours == config.activation), None)}
 
 
 def read_llama(cfg):

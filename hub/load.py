@@ -30,6 +30,7 @@ try:
 except ImportError:  # They are an extra, requirements-hf.txt.
     tokenizer_json = None
 
+FORMAT = 1  # of the runs that are made here: under another number they are made anew
 OUT = Path("out/hf")  # where the runs made from published models lie
 PATIENCE = 10  # seconds for the first answer of the server
 CONFIG, TOKENIZER = "config.json", vocabulary.FILE
@@ -43,8 +44,8 @@ NO_WEIGHTS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$|rotary_emb\.in
 
 
 def as_run(name):
-    """hf:FOLDER or hf:OWNER/NAME -> the run folder made from it, made now where there is none, or none of what the
-    source is by now. A run whose source is gone stays as it is. UserError where no run can be made, with what to do."""
+    """hf:FOLDER or hf:OWNER/NAME -> its run folder, which is made where it is missing, and made anew where the source
+    has changed. One whose source is gone stays as it is. UserError where none can be made, with what to do."""
     folder = local_run(name)
     if not is_folder(name):
         if (folder / runs.SOURCE).exists():
@@ -57,16 +58,17 @@ def as_run(name):
         if made and not is_folder(name):
             return folder
         raise
-    if runs.read_json(folder / runs.SOURCE) != record(source):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = files.lock(f"{folder}.lock", wait=True)
-        try:
-            if runs.read_json(folder / runs.SOURCE) != record(source):  # Another process may have been faster.
-                convert(source, folder)
-                said = f"has changed: the run {folder} is made anew" if made else f"is now the run {folder}"
-                print(f"{name} {said}", file=sys.stderr)
-        finally:
-            lock.release()
+    if runs.read_json(folder / runs.SOURCE) == record(source):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = files.lock(f"{folder}.lock", wait=True)
+    try:
+        if runs.read_json(folder / runs.SOURCE) != record(source):  # Another process may have been faster.
+            convert(source, folder)
+            said = f"has changed: the run {folder} is made anew" if made else f"is now the run {folder}"
+            print(f"{name} {said}", file=sys.stderr)
+    finally:
+        lock.release()
     return folder
 
 
@@ -90,12 +92,12 @@ def record(source):
     for name in sorted({CONFIG, TOKENIZER, *(index.values() or {WEIGHTS})}):
         path = source / name
         stats[name] = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
-    return {"folder": str(source.resolve()), "files": stats, "index": index}
+    return {"format": FORMAT, "folder": str(source.resolve()), "files": stats, "index": index}
 
 
 def convert(source, folder):
     """Make the run folder from the source folder."""
-    state, cfg = record(source), read_json(source / CONFIG)
+    recorded, cfg = record(source), read_json(source / CONFIG)
     try:
         config = Config(**settings_of(cfg), tokenizer=TOKENIZER)
     except (UserError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
@@ -112,7 +114,7 @@ def convert(source, folder):
         tokenizer_json.copy(tokenizer, part)
         runs.write_json(part / "config.json", checkpoint["config"])
         runs.save(part, runs.CKPT, checkpoint)
-        runs.write_json(part / runs.SOURCE, state)
+        runs.write_json(part / runs.SOURCE, recorded)
         shutil.rmtree(folder, ignore_errors=True)
 
 
