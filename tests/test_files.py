@@ -39,7 +39,7 @@ def test_an_exception_leaves_what_was_there(tmp_path, error):
 
 
 def test_text_is_utf8_wherever_it_is_written(tmp_path):
-    code = f"from core import files\nwith files.atomic({str(tmp_path / 'file')!r}) as file: file.write({ascii(TEXT)})"
+    code = f"from core import files\nwith files.atomic({str(tmp_path / 'file')!r}) as file: file.write({TEXT!a})"
     root = files.Path(files.__file__).parent.parent
     subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=root, env={"LC_ALL": "C"}, check=True)
     assert (tmp_path / "file").read_text(encoding="utf-8") == TEXT
