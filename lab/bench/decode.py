@@ -9,6 +9,7 @@ its whole context anew for every token; transformers, where it is installed, dec
 
 import core.start  # noqa: F401  # isort: skip
 
+import importlib.util
 import statistics
 import time
 from dataclasses import dataclass
@@ -63,8 +64,10 @@ def nanogpt(config, longest, checkout):
     return lambda tokens, count: others.watched(model, lambda: model.generate(tokens, count))[1]
 
 
-def llama(config, longest, transformers):
+def llama(config, longest):
     """A decoder, as `own` has them, of a Llama of transformers."""
+    import transformers
+
     shape = transformers.LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.hidden,
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, max_position_embeddings=longest,
@@ -80,8 +83,8 @@ def measure(options, checkout):
     contexts = [T, 4 * T, 16 * T]
     longest = contexts[-1] + count
     decoders = own(options, longest) | {"nanoGPT": nanogpt(options, longest, checkout)}
-    if transformers := others.transformers():
-        decoders["transformers"] = llama(options, longest, transformers)
+    if importlib.util.find_spec("transformers"):
+        decoders["transformers"] = llama(options, longest)
     pairs = [(ours, other) for other in decoders if other not in OURS for ours in OURS if ours in decoders]
     rows = []
     for context, batch in tqdm([(n, b) for n in contexts for b in BATCHES], "decoding", disable=None):

@@ -98,28 +98,17 @@ def warmed(config, place):
 
 
 def warmed_nanogpt(checkout, config, place):
-    """A training step of nanoGPT's own model and optimiser after two calls, and the tokens of one call."""
+    """A training step of nanoGPT's own model and optimizer after two calls, and the tokens of one call."""
     sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, vocab_size=config.vocab_size)
     module, betas = others.nanogpt(checkout), (config.beta1, config.beta2)
     model = others.build(module, block_size=config.train_length, bias=False, dropout=0.0, **sizes).to(place.device)
     with contextlib.redirect_stdout(io.StringIO()):  # It would print its sizes.
         optimizer = model.configure_optimizers(config.weight_decay, 6e-4, betas, place.device.type)
     forward, _ = places.compiled(model, config.compile, place)
-    shape = config.batch_size, config.train_length
-    tokens = torch.randint(config.vocab_size, shape, device=place.device)
-
-    def step():
-        for _ in range(STEPS):
-            with place.autocast():
-                _, loss = forward(tokens, tokens)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        place.synchronize()
-
+    step, tokens = timing.stepper(lambda x, y: forward(x, y)[1], [optimizer], config, place, STEPS)
     step()
     step()
-    return step, STEPS * tokens.numel()
+    return step, tokens
 
 
 def speeds(steps, rounds):

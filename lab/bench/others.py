@@ -33,15 +33,6 @@ def build(module, **shape):
         return module.GPT(module.GPTConfig(**shape))
 
 
-def transformers():
-    """The package transformers, or None where it is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        return None
-    return transformers
-
-
 def watched(model, call):
     """What call() returns, and the times at which it called the model."""
     times = []
@@ -53,11 +44,9 @@ def watched(model, call):
 
 
 def greedy(model, tokens, count):
-    """Greedy decoding of `count` tokens by a model of transformers -> the ids (B, T + count), the times of its calls."""
-    settings = dict(attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0)
-    return watched(
-        model, lambda: model.generate(tokens, max_new_tokens=count, min_new_tokens=count, **settings)
-    )  # fmt: skip
+    """Greedy decoding of `count` tokens by a model of transformers -> ids (B, T + count), and the times of its calls."""
+    settings = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    return watched(model, lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings))
 
 
 def median_gap(times):

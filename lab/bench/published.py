@@ -9,6 +9,7 @@ until the first that differs.
 
 import core.start  # noqa: F401  # isort: skip
 
+import importlib.util
 import inspect
 import statistics
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ class Options(Rounds):
 
 def measure(options, folder):
     """Lines of Markdown: a row for every dtype and context."""
-    transformers, count = others.transformers(), options.decode_tokens
-    if transformers is None:
+    count = options.decode_tokens
+    if not importlib.util.find_spec("transformers"):
         raise UserError("transformers is not installed: pip install -r requirements-hf.txt")
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder} is no folder of a published model: it has no config.json")
@@ -55,7 +56,7 @@ def measure(options, folder):
         raise UserError(f"{folder} has {longest} positions, and {CONTEXTS[0] + count} are needed")
     rows = []
     for dtype, context in tqdm(cells, "prefill and decoding", disable=None):
-        prefill, decoding, same = by_turns(options, folder, transformers, places.choose("cpu", dtype), context)
+        prefill, decoding, same = by_turns(options, folder, places.choose("cpu", dtype), context)
         row = [dtype, str(context)]
         for pairs in (prefill, decoding):
             row += [f"{1 / statistics.median(seconds):,.0f}" for seconds in zip(*pairs, strict=True)]
@@ -66,9 +67,11 @@ def measure(options, folder):
     return report.markdown(["tokens/s", "context", *heads, "the same tokens"], rows)
 
 
-def by_turns(options, folder, transformers, place, context):
+def by_turns(options, folder, place, context):
     """(prefill, decoding, same): seconds for a token in pairs of ours and theirs, one pair for each round; and after
     how many tokens both first differ."""
+    import transformers
+
     opened, count = runs.open_run(f"hf:{folder}"), options.decode_tokens
     model = opened.model
     place.prepare(model)

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from core import flags, optimizers, report, runs
+from core import flags, report, runs
 from core import place as places
 from core.errors import UserError, nearest, require
+from core.optimizers import make as make_optimizers
 from core.settings import Config
 from data import vocabulary
 from model import Cache, pieces
@@ -62,7 +63,7 @@ def command(argv, cls, measure, subject="", files=(), on_cpu=False):
 
     cls: the options' dataclass, whose `usage` names the command. measure(options) returns the lines of the table;
     with a `subject`, which is what the first word of the command line names, it is measure(options, word).
-    files: config files that lie under those of the command line. on_cpu: each side computes there, in its own precision.
+    files: config files that lie under those of the command line. on_cpu: all sides compute there, in their precision.
     """
     words, given = flags.flags(argv, cls)
     if subject and not words:
@@ -104,8 +105,12 @@ def variant(config, name, length):
 def training_step(config, place, steps=1):
     """A function that trains so many steps on random tokens before it waits for the GPU, and the number of tokens."""
     model = runs.build(config, place.device)
-    updaters = optimizers.make(model, config, place)
     forward, _ = places.compiled(model, config.compile, place)
+    return stepper(forward, make_optimizers(model, config, place), config, place, steps)
+
+
+def stepper(forward, optimizers, config, place, steps):
+    """`training_step` of any model and its optimizers. forward: tokens, targets (B, T) -> losses, or their mean."""
     tokens = torch.randint(config.vocab_size, (config.batch_size, config.train_length), device=place.device)
 
     def step():
@@ -113,9 +118,9 @@ def training_step(config, place, steps=1):
             with place.autocast():
                 loss = forward(tokens, tokens).mean()
             loss.backward()
-            for updater in updaters:
-                updater.step()
-                updater.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         place.synchronize()
 
     return step, steps * tokens.numel()
