@@ -44,7 +44,7 @@ def watched(model, call):
 
 
 def greedy(model, tokens, count):
-    """Greedy decoding of `count` tokens by a model of transformers -> ids (B, T + count), and the times of its calls."""
+    """Greedy decoding of `count` tokens by a model of transformers -> ids (B, T + count), the times of its calls."""
     settings = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
     return watched(model, lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings))
 

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from core import flags, report, runs
 from core import place as places
+from core.cache import Cache, pieces
 from core.errors import UserError, nearest, require
 from core.optimizers import make as make_optimizers
 from core.settings import Config
 from data import vocabulary
-from model import Cache, pieces
 from posenc import ENCODINGS
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
@@ -138,12 +138,13 @@ def decoder(config, place, context, count, window=None):
     cache = Cache(window, total=context + count)
     with torch.inference_mode(), place.autocast():
         for part in pieces(tokens, cache):
-            model(part, cache=cache, last=1)
+            model(part, past=cache, last=1)
 
     @torch.inference_mode()
     def decode():
         with place.autocast():
             for _ in range(count):
+from core.cache import Cache, pieces
                 model(tokens[:, :1], cache=cache)
         place.synchronize()
         if window is None:  # Forget the new tokens; what they wrote behind the context is written over.
