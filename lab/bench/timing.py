@@ -144,8 +144,7 @@ def decoder(config, place, context, count, window=None):
     def decode():
         with place.autocast():
             for _ in range(count):
-from core.cache import Cache, pieces
-                model(tokens[:, :1], cache=cache)
+                model(tokens[:, :1], past=cache)
         place.synchronize()
         if window is None:  # Forget the new tokens; what they wrote behind the context is written over.
             cache.pos, cache.length, cache.next = cache.pos[:context], context, context
