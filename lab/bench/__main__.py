@@ -8,9 +8,6 @@ All encodings are compared with none. Memory is the peak of a process of its own
 
 import core.start  # noqa: F401  # isort: skip
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from tqdm import tqdm
 
@@ -22,11 +19,6 @@ from model import generate
 
 CONTEXT = 1024  # tokens, where decoding from a cache is compared with computing the whole context anew
 PRODUCT = 4096  # rows and columns of the matrices whose product shows what the machine can do
-
-
-@dataclass
-class Options(Bench):
-    usage: ClassVar[str] = "python -m lab.bench [configs/FILE.py ...] [--key=value ...]"
 
 
 def measure(options):
@@ -104,7 +96,7 @@ def against_recomputing(options, place):
 
 
 def main(argv):
-    timing.command(argv, Options, measure)
+    timing.command(argv, Bench, measure)
 
 
 if __name__ == "__main__":

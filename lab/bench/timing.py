@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from tqdm import tqdm
@@ -53,7 +54,9 @@ class Decoding(Rounds, Config):
 
 @dataclass
 class Bench(Decoding):
-    """A Config whose model is measured with several encodings."""
+    """A Config whose model is measured with several encodings: the flags of `lab.bench` itself."""
+
+    usage: ClassVar[str] = "python -m lab.bench [configs/FILE.py ...] [--key=value ...]"
 
     only: str | list = ""  # encodings to measure, a name or a list; by default all
 
