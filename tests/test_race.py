@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from core import runs
 from core.errors import UserError
 from core.settings import Config
-from lab.bench import decode, others, race, timing
+from lab.bench import decode, others, published, race, timing
 
 TEXT = "".join(chr(97 + n * n % 23) for n in range(4000))
 MODEL = """
@@ -163,3 +164,51 @@ def test_decoding_is_timed_for_every_contestant(transformers, checkout, monkeypa
         else ["trainshort", "nanoGPT", "trainshort / nanoGPT"]
     )
     assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[1:4])
+
+
+def published_llama(folder):
+    """A folder as transformers saves a tiny Llama, with a tokenizer of 256 bytes and the end of a text."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    letters = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    shape = transformers.LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_published_model_goes_on_as_in_transformers(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(published, "CONTEXTS", (24, 48))
+    monkeypatch.chdir(tmp_path)
+    folder = published_llama(tmp_path / "llama")
+    head, *rows = cells(published.measure(published.Options(rounds=2, decode_tokens=8), folder))
+    assert len(head) == 9 and [row[:2] for row in rows] == [
+        [d, n] for d in ("float32", "bfloat16") for n in ("24", "48")
+    ]
+    for row in rows:
+        assert all(float(row[index].replace(",", "")) > 0 for index in (2, 3, 5, 6))
+        assert all(re.fullmatch(r"[\d.]+ \([\d.]+ - [\d.]+\)", row[index]) for index in (4, 7))
+    assert [row[8] for row in rows[:2]] == ["8 of 8", "8 of 8"]
+
+
+def test_what_a_published_model_lacks_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(published.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        published.measure(published.Options(), tmp_path)
+    (tmp_path / "config.json").touch()
+    opened = SimpleNamespace(model=SimpleNamespace(max_length=512))
+    monkeypatch.setattr(published.runs, "open_run", lambda name: opened)
+    with pytest.raises(UserError, match=r"512 positions, and 1040 are needed"):
+        published.measure(published.Options(), tmp_path)
+    monkeypatch.setattr(published.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-hf\.txt"):
+        published.measure(published.Options(), tmp_path)

@@ -89,26 +89,23 @@ def machine(place, rounds):
     return tuple(amount / seconds[key] for key, (_, amount) in work.items())
 
 
-def warmed(config, place):
-    """A training step of ours after two calls, which compile it, and the tokens of one call."""
-    step, tokens = timing.training_step(config, place, STEPS)
+def warmed(make, *arguments):
+    """What make(*arguments) returns, a step and its tokens, after two calls of the step, which compile it."""
+    step, tokens = make(*arguments, STEPS)
     step()
     step()
     return step, tokens
 
 
-def warmed_nanogpt(checkout, config, place):
-    """A training step of nanoGPT's own model and optimizer after two calls, and the tokens of one call."""
+def nanogpt_step(checkout, config, place, steps):
+    """`timing.training_step` of nanoGPT's own model and optimizer."""
     sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, vocab_size=config.vocab_size)
     module, betas = others.nanogpt(checkout), (config.beta1, config.beta2)
     model = others.build(module, block_size=config.train_length, bias=False, dropout=0.0, **sizes).to(place.device)
     with contextlib.redirect_stdout(io.StringIO()):  # It would print its sizes.
         optimizer = model.configure_optimizers(config.weight_decay, 6e-4, betas, place.device.type)
     forward, _ = places.compiled(model, config.compile, place)
-    step, tokens = timing.stepper(lambda x, y: forward(x, y)[1], [optimizer], config, place, STEPS)
-    step()
-    step()
-    return step, tokens
+    return timing.stepper(lambda x, y: forward(x, y)[1], [optimizer], config, place, steps)
 
 
 def speeds(steps, rounds):
@@ -159,19 +156,16 @@ def decoding(config, place):
 
 
 def machine_table(place, flops, bandwidth):
-    product = f"product of two {PRODUCT:,} x {PRODUCT:,} matrices, {place.dtype_name}"
-    rows = [
-        [product, f"{flops / 1e12:,.1f} TFLOP/s"],
-        [f"copy of {MEGABYTES:,} MiB, reading and writing", f"{bandwidth / 1e9:,.0f} GB/s"],
-    ]
-    return report.markdown(["the machine", "median"], rows)
+    product = f"product of two {PRODUCT:,} x {PRODUCT:,} matrices, {place.dtype_name}", f"{flops / 1e12:,.1f} TFLOP/s"
+    copied = f"copy of {MEGABYTES:,} MiB, reading and writing", f"{bandwidth / 1e9:,.0f} GB/s"
+    return report.markdown(["the machine", "median"], [product, copied])
 
 
 def training_table(config, place, attempt, flops):
     """The whole model, and nanoGPT's where there is a checkout, beside the FLOP/s of the machine."""
-    steps = {"rope": attempt(f"{config.n_layer} layers", warmed, config, place)}
+    steps = {"rope": attempt(f"{config.n_layer} layers", warmed, timing.training_step, config, place)}
     if config.nanogpt:
-        steps["nanoGPT"] = attempt("nanoGPT", warmed_nanogpt, config.nanogpt, config, place)
+        steps["nanoGPT"] = attempt("nanoGPT", warmed, nanogpt_step, config.nanogpt, config, place)
     speed, per_token, rows = speeds(steps, config.rounds), runs.build(config).flops_per_token(), []
     for name in steps:
         row = [name, "", "", "", ""]
@@ -210,7 +204,9 @@ def memory_table(config, place, attempt):
 def encodings_table(config, place, attempt, names):
     """The training speed of the encodings, beside rope's."""
     T = config.train_length
-    speed = speeds({name: attempt(name, warmed, variant(config, name, T), place) for name in names}, config.rounds)
+    variants = {name: variant(config, name, T) for name in names}
+    steps = {name: attempt(name, warmed, timing.training_step, variants[name], place) for name in names}
+    speed = speeds(steps, config.rounds)
     ratio = {name: f"{speed[name] / speed['rope']:.2f}" for name in speed if "rope" in speed}
     rows = [[name, f"{speed[name]:,.0f}" if name in speed else "", ratio.get(name, "")] for name in names]
     head = f"training, {config.n_layer} layers, {sizes(config)}, {config.batch_size} sequences"
@@ -236,8 +232,7 @@ def tables(options, place):
         encodings_table(small, place, attempt, names),
         attempt.notes,
     ]
-    lines = [line for part in parts for line in (*part, "")]
-    return lines[: -1 if attempt.notes else -2]
+    return [line for part in parts if part for line in (*part, "")][:-1]
 
 
 def measure(options):

@@ -185,12 +185,9 @@ def one_round(contestant, work):
         for context, curve in curves.items():
             loss = full_pass(losses, contestant.val, context) if context <= longest else None
             curve.append((when, step, loss))
-    return Result(curves, seconds, step * tokens_per_step(file) / when)
-
-
-def tokens_per_step(checkpoint):
-    config = torch.load(checkpoint, weights_only=True)["config"]
-    return config["batch_size"] * config["train_length" if "train_length" in config else "block_size"]
+    config = torch.load(file, weights_only=True)["config"]
+    tokens = config["batch_size"] * config["train_length" if "train_length" in config else "block_size"]
+    return Result(curves, seconds, step * tokens / when)
 
 
 def measure(options, checkout):
