@@ -58,7 +58,7 @@ def visible(i, j, window=None, sinks=0):
     return seen if window is None else seen & ((j > i - window) | (j < sinks))
 
 
-# What is as right, and faster. Each takes (encoding, parts, dropout), as `written_out` does.
+# These forms compute the same sooner, each where it can. They take (encoding, parts, dropout), as `written_out` does.
 
 
 def fused(encoding, parts, dropout=0.0, mask=None):
