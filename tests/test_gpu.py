@@ -54,7 +54,7 @@ def measured(monkeypatch):
     """measured(options) -> the tables, as lists of rows of cells, and the lines below them."""
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
-    for name, value in {"LENGTHS": (1, 2), "PRODUCT": 16, "MEGABYTES": 1}.items():
+    for name, value in {"LENGTHS": (1, 2), "PRODUCT": 16, "MEGABYTES": 1, "LAYERS": 1, "STEPS": 1}.items():
         monkeypatch.setattr(gpu, name, value)
 
     def measure(options):

@@ -82,7 +82,8 @@ def measure(options, checkout):
     T, count = options.train_length, options.decode_tokens
     contexts = [T, 4 * T, 16 * T]
     longest = contexts[-1] + count
-    decoders = own(options, longest) | {"nanoGPT": nanogpt(options, longest, checkout)}
+    theirs = nanogpt(options, longest, checkout)
+    decoders = own(options, longest) | {"nanoGPT": theirs}
     if importlib.util.find_spec("transformers"):
         decoders["transformers"] = llama(options, longest)
     pairs = [(ours, other) for other in decoders if other not in OURS for ours in OURS if ours in decoders]
