@@ -189,6 +189,7 @@ def test_a_pair_of_seconds_is_taken_in_every_round_and_the_first_to_answer_chang
 def test_the_worker_drives_this_commit(monkeypatch, capsys):
     settings = dataclasses.asdict(Config(**SIZES, dtype="float32")) | {"unknown_to_this_commit": 1}
     monkeypatch.setattr(sys, "argv", ["-c", before.json.dumps(settings), "2"])
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "stdin", io.StringIO("training rope 4\ntraining rope 4\ndecoding learned 64\n"))
     exec(before.WORKER, {})
     seconds = capsys.readouterr().out.split()

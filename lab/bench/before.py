@@ -32,14 +32,14 @@ from lab.bench.timing import LONG, ROOT, Bench
 # training step at a length, 'decoding rope 128' those of a token after so many others. Earlier commits have their
 # modules at the top.
 WORKER = """
-import json, sys, time
-try:
+import json, os, sys, time
+if os.path.isdir("core"):
     import core.start
     from core.flags import make
     from core.place import choose
     from core.settings import Config
     from lab.bench import timing
-except ImportError:
+else:
     import before_torch
     import bench as timing
     from configs import Config, make

@@ -54,10 +54,8 @@ from pathlib import Path
 began, folder, script = float(sys.argv[1]), sys.argv[2], sys.argv[3]
 sys.argv = sys.argv[3:]
 sys.path.insert(0, str(Path(script).parent))
-try:
+if (Path(script).parent / "core").is_dir():
     import core.start
-except ImportError:
-    pass
 import torch
 save = torch.save
 def keep(state, *where):
