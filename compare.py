@@ -35,7 +35,6 @@ from tqdm import tqdm
 import data
 import evaluate
 import posenc
-import train
 from core import flags as configs
 from core import place as places
 from core import report, runs
@@ -76,7 +75,7 @@ class Contestant:
     settings: dict  # the same, read
 
     def config(self, seed, out):
-        return train.settle([], self.settings | {"seed": seed, "out_dir": str(out / f"{self.folder}-{seed}")})
+        return runs.settle([], self.settings | {"seed": seed, "out_dir": str(out / f"{self.folder}-{seed}")})
 
 
 def contestants(words, common, flags):
@@ -185,7 +184,7 @@ def measured(workers, name, folder, path, step, checksum, *flags):
 def trained(workers, config, argv, checksum, *flags):
     """Train a run, or go on with it, and measure it -> evaluate.py's result."""
     folder = Path(config.out_dir)
-    apart = train.MAY_CHANGE - {"max_steps"} | (set() if config.vocab_size else {"vocab_size"})  # 0: the tokenizer's
+    apart = runs.MAY_CHANGE - {"max_steps"} | (set() if config.vocab_size else {"vocab_size"})  # 0: the tokenizer's
     # As JSON, whose keys are text; a run from before a setting existed has its default.
     saved, wanted = (
         {key: json.dumps(value) for key, value in settings.items() if key not in apart}

@@ -32,11 +32,11 @@ import data
 from core import measure as probes
 from core import place as places
 from core import report, runs
+from core.cache import PIECE, WHOLE, Cache, pieces
 from core.errors import UserError, require, run
 from core.flags import Dtype, flags, make
 from data import tasks, vocabulary
 from lab import spread as inside
-from model import PIECE, WHOLE, Cache, pieces
 
 MULTIPLES = (0.5, 1, 1.1, 1.25, 1.5, 2, 4, 8, 16)  # of the training length
 HOLDS = 1.05  # a length holds while its perplexity is at most so many times that at T
@@ -87,9 +87,9 @@ def token_losses(model, ids, scored, device, **reading):
     context, inputs, targets = ids[:, : -scored - 1], ids[:, -scored - 1 : -1], ids[:, -scored:]
     with device.autocast():
         for part in pieces(context, cache):
-            model(part, cache=cache, last=1)
+            model(part, past=cache, last=1)
         for x, y in zip(inputs.split(PIECE, dim=1), targets.split(PIECE, dim=1), strict=True):
-            losses.append(model(x, y, cache=cache))
+            losses.append(model(x, y, past=cache))
     return torch.cat(losses, dim=1).cpu()
 
 

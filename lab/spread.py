@@ -7,7 +7,7 @@ Frequencies descend with the pair m, so the first pairs turn fastest, and the *l
 
 import contextlib
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from core import report
+from core.attention import ready, visible
+from core.cache import Cache, pieces
 from core.errors import UserError
-from model import Cache, GPTConfig, pieces, visible
+from model import GPTConfig
 from posenc import RoPE
 from zoo.randomized import Randomized
 
@@ -39,30 +41,30 @@ MEASURES = {
 # How widely attention spreads.
 
 
-def weights(encoding, q, k, q_pos, k_pos, seen, state):
-    """What a watch is given -> weights of attention (B, H, T, S), and which keys are seen (T, S)."""
-    seen = visible(q_pos, k_pos) if seen is None else seen
-    wide = torch.promote_types(q.dtype, torch.float32)  # the fused kernel adds up half precision in float32
-    q, k = q.to(wide), k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    with torch.autocast(q.device.type, enabled=False):
-        logits = encoding.logits(q, k, q_pos, k_pos, seen, **state)
-        return logits.masked_fill(~seen, -math.inf).softmax(-1), seen
+def weights(encoding, pairs):
+    """The Pairs that a watch is given -> weights of attention (B, H, T, S), and which keys are seen (T, S)."""
+    pairs = ready(pairs)
+    wide = torch.promote_types(pairs.q.dtype, torch.float32)  # the fused kernel adds up half precision in float32
+    pairs = replace(pairs, q=pairs.q.to(wide), k=pairs.k.to(wide))
+    with torch.autocast(pairs.q.device.type, enabled=False):
+        logits = encoding.logits(pairs)
+        return logits.masked_fill(~pairs.seen, -math.inf).softmax(-1), pairs.seen
 
 
 def spread(model, tokens, last, device):
     """tokens (B, L) -> (len(SPREAD), n_layer), sums over the last so many queries of every sequence and the heads."""
     total = torch.zeros(len(SPREAD), model.config.n_layer, dtype=torch.float64)
 
-    def watch(layer, encoding, plain, *call):
-        found = weights(encoding, *call)
+    def watch(layer, encoding, new, pairs):
+        found = weights(encoding, pairs)
         total[:, layer] += torch.stack([measure(*found).sum().cpu().double() for measure in SPREAD.values()])
 
     cache, context, asked = Cache(total=tokens.shape[1]), *tokens.tensor_split([tokens.shape[1] - last], dim=1)
     with device.autocast():
         for part in pieces(context, cache):
-            model(part, cache=cache, last=1)
+            model(part, past=cache, last=1)
         for part in asked.split(32, dim=1):  # few queries, whose weights are held for all keys
-            model(part, cache=cache, last=1, watch=watch)
+            model(part, past=cache, last=1, watch=watch)
     return total
 
 
@@ -148,17 +150,18 @@ def frequencies(model, windows, device, budget=1 << 21):
         name: torch.zeros(config.n_layer, count, len(wavelength), dtype=torch.float64) for name, count in heads.items()
     }
 
-    def watch(layer, encoding, plain, q, k, q_pos, k_pos, seen, state):
-        for name, x in zip(("q_norm", "k_norm"), plain, strict=True):
+    def watch(layer, encoding, new, pairs):
+        for name, x in zip(("q_norm", "k_norm"), (new.q, new.k), strict=True):
             total[name][layer] += paired(x.float(), rope.dims).norm(dim=-1).sum(dim=(0, 2)).cpu()
         # Exact sums: not rounded to TF32 or half precision, whatever the model computed q and k in.
-        wide = torch.float32 if q.device.type == "mps" else torch.float64
-        q, k = q.to(wide), k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        seen, few = visible(q_pos, k_pos), max(1, budget // (k[..., 0].numel() * len(wavelength)))
-        for rows in torch.arange(len(q_pos)).split(few):
+        pairs = ready(replace(pairs, seen=visible(pairs.i, pairs.j)))
+        wide = torch.float32 if pairs.q.device.type == "mps" else torch.float64
+        q, k, seen = pairs.q.to(wide), pairs.k.to(wide), pairs.seen
+        few = max(1, budget // (k[..., 0].numel() * len(wavelength)))
+        for rows in torch.arange(len(pairs.i)).split(few):
             part = contributions(q[:, :, rows], k, rope.dims)
             with torch.autocast(q.device.type, enabled=False):
-                logits = encoding.logits(q[:, :, rows], k, q_pos[rows], k_pos, seen[rows])
+                logits = encoding.logits(replace(pairs, q=q[:, :, rows], k=k, i=pairs.i[rows], seen=seen[rows]))
             slack = 1e-5 * logits.abs().max().item()
             torch.testing.assert_close(part.sum(-1), logits, rtol=0, atol=slack)
             part = part * seen[rows, :, None]
