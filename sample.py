@@ -22,8 +22,8 @@ from core import place as places
 from core import runs
 from core.errors import UserError, require, run
 from core.flags import Dtype, flags, make
+from core.measure import windowed_losses
 from data import vocabulary
-from evaluate import windowed_losses
 from model import generate
 
 

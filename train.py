@@ -20,10 +20,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import evaluate
 import posenc
 from core import flags as configs
-from core import optimizers, report, runs
+from core import measure, optimizers, report, runs
 from core import place as places
 from core.errors import UserError, run
 from core.settings import Config
@@ -182,7 +181,7 @@ def train(config, device):
         model.redraw(length, derive_seed(config.seed, step))
         model.train()
         loss = torch.zeros((), device=device.device)
-        micro_batches = list(zip(*(evaluate.batches(half, at_once) for half in (inputs, targets)), strict=True))
+        micro_batches = list(zip(*(measure.batches(half, at_once) for half in (inputs, targets)), strict=True))
         for index, (x, y) in enumerate(micro_batches):
             x, y = device.send(x), device.send(y)
             last = index == len(micro_batches) - 1
@@ -235,7 +234,7 @@ def train(config, device):
         if evaluates:
             began = time.perf_counter()
             model.eval()
-            val_loss, val_bpb = evaluate.validation_loss(model, windows, token_bytes, device, micro)
+            val_loss, val_bpb = measure.validation_loss(model, windows, token_bytes, device, micro)
             log.write(step=step, val_loss=val_loss, val_bpb=val_bpb)
             log.say(f"step {step}: validation loss {val_loss:.4f}, {val_bpb:.4f} bits per byte")
             if val_loss < best:
@@ -258,6 +257,8 @@ def train(config, device):
 
 def close(model, config, dataset, device, log, step):
     """The end of a run: loss against context, the pictures, and the command to type next."""
+    import evaluate  # the closing table is its own; nothing else of training needs the laboratory
+
     out = Path(config.out_dir)
     if config.length_targets and runs.read_json(out / "length.json").get("step") != step:
         model.eval()
