@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from core import report
+from core.cache import PIECE, WHOLE, Cache, pieces
 from core.errors import UserError
-from model import PIECE, WHOLE, Cache, pieces
 
 MULTIPLES = (0.5, 1, 1.1, 1.25, 1.5, 2, 4, 8, 16)  # of the training length: contexts that text is read with
 TASK_MULTIPLES = (0.5, 1, 1.5, 2, 3, 4)  # of the training length: examples of a task
@@ -57,9 +57,9 @@ def token_losses(model, ids, scored, place, **reading):
     context, inputs, targets = ids[:, : -scored - 1], ids[:, -scored - 1 : -1], ids[:, -scored:]
     with place.autocast():
         for part in pieces(context, cache):
-            model(part, cache=cache, last=1)
+            model(part, past=cache, last=1)
         for x, y in zip(inputs.split(PIECE, dim=1), targets.split(PIECE, dim=1), strict=True):
-            losses.append(model(x, y, cache=cache))
+            losses.append(model(x, y, past=cache))
     return torch.cat(losses, dim=1).cpu()
 
 

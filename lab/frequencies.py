@@ -7,7 +7,7 @@ the slow ones.
 
 import contextlib
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from core import report
+from core.attention import ready, visible
 from core.errors import UserError
 from lab.tables import pivot
-from model import GPTConfig, visible
+from model import GPTConfig
 from posenc import RoPE
 from zoo.randomized import Randomized
 
@@ -81,18 +82,18 @@ def frequencies(model, windows, place, budget=1 << 21):
         name: torch.zeros(config.n_layer, count, len(wavelength), dtype=torch.float64) for name, count in heads.items()
     }
 
-    def watch(layer, encoding, plain, *call):
-        q, k, q_pos, k_pos, _, _ = call
-        for name, x in zip(("q_norm", "k_norm"), plain, strict=True):
+    def watch(layer, encoding, new, pairs):
+        for name, x in zip(("q_norm", "k_norm"), (new.q, new.k), strict=True):
             total[name][layer] += paired(x.float(), rope.dims).norm(dim=-1).sum(dim=(0, 2)).cpu()
         # Exact sums: not rounded to TF32 or half precision, whatever the model computed q and k in.
-        wide = torch.float32 if q.device.type == "mps" else torch.float64
-        q, k = q.to(wide), k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        seen, few = visible(q_pos, k_pos), max(1, budget // (k[..., 0].numel() * len(wavelength)))
-        for rows in torch.arange(len(q_pos)).split(few):
+        pairs = ready(replace(pairs, seen=visible(pairs.i, pairs.j)))
+        wide = torch.float32 if pairs.q.device.type == "mps" else torch.float64
+        q, k, seen = pairs.q.to(wide), pairs.k.to(wide), pairs.seen
+        few = max(1, budget // (k[..., 0].numel() * len(wavelength)))
+        for rows in torch.arange(len(pairs.i)).split(few):
             part = contributions(q[:, :, rows], k, rope.dims)
             with torch.autocast(q.device.type, enabled=False):
-                logits = encoding.logits(q[:, :, rows], k, q_pos[rows], k_pos, seen[rows])
+                logits = encoding.logits(replace(pairs, q=q[:, :, rows], k=k, i=pairs.i[rows], seen=seen[rows]))
             torch.testing.assert_close(part.sum(-1), logits, rtol=0, atol=1e-5 * logits.abs().max().item())
             part = part * seen[rows, :, None]
             total["absolute"][layer] += part.abs().sum(dim=(0, 2, 3)).cpu()

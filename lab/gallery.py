@@ -13,7 +13,7 @@ import core.start  # noqa: F401  # isort: skip
 import functools
 import inspect
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,6 +25,7 @@ import train
 from core import flags as configs
 from core import place as places
 from core import report, runs
+from core.encoding import Pairs
 from core.errors import require, run
 from core.settings import Config
 from data import tasks, vocabulary
@@ -111,9 +112,12 @@ def probe(encoding, length, count=64):
     same = torch.randn(count, 1, 1, encoding.head_dim, generator=generator).expand(-1, encoding.n_kv_head, -1, -1)
     x = torch.randn(count, 1, encoding.n_embd, generator=generator).expand(-1, length, -1)
     groups = encoding.n_head // encoding.n_kv_head
-    q, k = encoding.rotate(same.repeat_interleave(groups, 1), same.expand(-1, -1, length, -1), pos[-1:], pos, length)
+    keys, state = same.expand(-1, -1, length, -1), encoding.state(x, {})
+    own = {name: kept[:, :, -1:] for name, kept in state.items()}
     seen = torch.ones(1, length, dtype=torch.bool)
-    logits = encoding.logits(q, k.repeat_interleave(groups, 1), pos[-1:], pos, seen, **encoding.state(x, {}))
+    pairs = Pairs(same.repeat_interleave(groups, 1), keys, keys, pos[-1:], pos, seen, state, own, length)
+    q, k = encoding.rotate(pairs)
+    logits = encoding.logits(replace(pairs, q=q, k=k.repeat_interleave(groups, 1)))
     logits = logits[:, :, 0].mean(0).flip(-1)  # (H, length)
     return logits - logits[:, :1]
 

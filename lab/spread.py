@@ -1,11 +1,13 @@
 """How widely attention spreads as the context grows, for any encoding, and how much of it the first token gets."""
 
 import math
+from dataclasses import replace
 
 import torch
 
 from core import report
-from model import Cache, pieces, visible
+from core.attention import ready
+from core.cache import Cache, pieces
 
 # Of weights (B, H, T, S) and the keys seen (T, S): what `attention` averages over queries and heads.
 SPREAD = {
@@ -16,30 +18,31 @@ SPREAD = {
 }
 
 
-def weights(encoding, q, k, q_pos, k_pos, seen, state):
-    """Arguments of a watch (model.GPT.forward) -> weights of attention (B, H, T, S), and which keys are seen (T, S)."""
-    seen = visible(q_pos, k_pos) if seen is None else seen
-    wide = torch.promote_types(q.dtype, torch.float32)  # the fused kernel adds up half precision in float32
-    q, k = q.to(wide), k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    with torch.autocast(q.device.type, enabled=False):
-        logits = encoding.logits(q, k, q_pos, k_pos, seen, **state)
-        return logits.masked_fill(~seen, -math.inf).softmax(-1), seen
+def weights(encoding, pairs):
+    """The Pairs that a watch is given (model.GPT.forward) -> weights of attention (B, H, T, S), and which keys are seen
+    (T, S)."""
+    pairs = ready(pairs)
+    wide = torch.promote_types(pairs.q.dtype, torch.float32)  # the fused kernel adds up half precision in float32
+    pairs = replace(pairs, q=pairs.q.to(wide), k=pairs.k.to(wide))
+    with torch.autocast(pairs.q.device.type, enabled=False):
+        logits = encoding.logits(pairs)
+        return logits.masked_fill(~pairs.seen, -math.inf).softmax(-1), pairs.seen
 
 
 def spread(model, tokens, last, place):
     """tokens (B, L) -> (len(SPREAD), n_layer), sums over the last so many queries of every sequence and the heads."""
     total = torch.zeros(len(SPREAD), model.config.n_layer, dtype=torch.float64)
 
-    def watch(layer, encoding, plain, *call):
-        watched = weights(encoding, *call)
+    def watch(layer, encoding, new, pairs):
+        watched = weights(encoding, pairs)
         total[:, layer] += torch.stack([measure(*watched).sum().cpu().double() for measure in SPREAD.values()])
 
     cache, context, queries = Cache(total=tokens.shape[1]), *tokens.tensor_split([tokens.shape[1] - last], dim=1)
     with place.autocast():
         for part in pieces(context, cache):
-            model(part, cache=cache, last=1)
+            model(part, past=cache, last=1)
         for part in queries.split(32, dim=1):  # few of them, whose weights are held for all keys
-            model(part, cache=cache, last=1, watch=watch)
+            model(part, past=cache, last=1, watch=watch)
     return total
 
 

@@ -117,7 +117,7 @@ def theirs(model, parts):
 @torch.inference_mode()
 def ours(model, parts):
     cache = Cache(total=sum(part.shape[1] for part in parts)) if len(parts) > 1 else None
-    return torch.cat([model(part, cache=cache) for part in parts], dim=1)
+    return torch.cat([model(part, past=cache) for part in parts], dim=1)
 
 
 def check(folder, length, prompt=8, stale=False):

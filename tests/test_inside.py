@@ -63,9 +63,9 @@ def test_a_watch_sees_what_attention_computes_with_and_changes_nothing(monkeypat
     for part, cache in ((tokens, None), (tokens, Cache()), (tokens[:, 4:], Cache())):
         watched.clear(), given.clear()
         if part is not tokens:
-            model(tokens[:, :4], cache=cache)
+            model(tokens[:, :4], past=cache)
             given.clear()
-        logits = model(part, cache=cache, watch=lambda *args: watched.append(args))
+        logits = model(part, past=cache, watch=lambda *args: watched.append(args))
         assert torch.allclose(logits, plainly[:, -part.shape[1] :])
         assert [args[0] for args in watched] == [0, 1]
         for (_, encoding, plain, q, k, q_pos, k_pos, seen, state), args in zip(watched, given, strict=True):
@@ -96,7 +96,7 @@ def test_weights_are_those_of_the_models_own_attention(spec, sizes):
 
     with torch.no_grad():
         for part in tokens.split(sizes, dim=1):
-            model(part, cache=cache, watch=watch)
+            model(part, past=cache, watch=watch)
     assert checked == [0, 1] * len(sizes)
 
 

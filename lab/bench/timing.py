@@ -35,11 +35,12 @@ from tqdm import tqdm
 from core import flags as configs
 from core import optimizers, report, runs
 from core import place as places
+from core.cache import Cache, pieces
 from core.errors import UserError, nearest, require, run
 from core.settings import Config
 from data import vocabulary
 from lab.bench import race
-from model import Cache, generate, pieces
+from model import generate
 from posenc import ENCODINGS
 
 LONG = 16  # the long context, in training lengths
@@ -123,13 +124,13 @@ def decoder(config, device, context, count, window=None):
     cache = Cache(window, total=context + count)
     with torch.inference_mode(), device.autocast():
         for part in pieces(tokens, cache):
-            model(part, cache=cache, last=1)
+            model(part, past=cache, last=1)
 
     @torch.inference_mode()
     def decode():
         with device.autocast():
             for _ in range(count):
-                model(tokens[:, :1], cache=cache)
+                model(tokens[:, :1], past=cache)
         device.synchronize()
         if window is None:
             cache.pos, cache.length, cache.next = cache.pos[:context], context, context  # as it was
