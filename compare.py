@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 import data
 import posenc
-import train
 from core import flags as configs
 from core import place as places
 from core import report, runs
@@ -76,7 +75,7 @@ class Contestant:
     settings: dict  # the same, read
 
     def config(self, seed, out):
-        return train.settle([], self.settings | {"seed": seed, "out_dir": str(out / f"{self.folder}-{seed}")})
+        return runs.settle([], self.settings | {"seed": seed, "out_dir": str(out / f"{self.folder}-{seed}")})
 
 
 def contestants(words, common, given):

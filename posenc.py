@@ -1,4 +1,15 @@
-"""Classics."""
+"""The positional encodings that everybody should know, in teaching order: each answers what the one before left open.
+
+    none        nothing but the causal mask: what does a decoder know of order by itself?
+    sinusoidal  fixed waves, added to the embeddings
+    learned     a learned vector for every position, added to the embeddings
+    t5          one scalar for every distance, added to the logits: distance is what counts
+    alibi       the same place, without anything learned: far keys simply fade
+    rope        queries and keys turn, so that their product knows the distance; and its scalings stretch it
+
+They subclass `Encoding` (core/encoding.py), which lists the places where position can enter. The other encodings stand
+in zoo/, in chapters by those places. `ENCODINGS` maps the names of all of them to their classes.
+"""
 
 import math
 
@@ -6,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.encoding import ENCODINGS, Encoding, along_heads, build, derives, distances, every, merge, parse  # noqa: F401
+from core.encoding import ENCODINGS, Encoding, along_heads, build, derives, every, merge, parse
+
+# Whoever names encodings asks this module, which has loaded all of them.
+__all__ = ["ENCODINGS", "Encoding", "build", "derives", "every", "merge", "parse"]
 
 
 class NoPE(Encoding):
@@ -292,4 +306,4 @@ def sinusoids(pos, dim, base, dtype=torch.float32):
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
-import zoo  # noqa: F401
+import zoo  # noqa: F401  # last, as its chapters build on the classes above

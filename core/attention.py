@@ -58,7 +58,7 @@ def visible(i, j, window=None, sinks=0):
     return seen if window is None else seen & ((j > i - window) | (j < sinks))
 
 
-# What is as right, and faster. Each takes (encoding, parts, dropout), as `written_out` does.
+# These forms compute the same sooner, each where it can. They take (encoding, parts, dropout), as `written_out` does.
 
 
 def fused(encoding, parts, dropout=0.0, mask=None):
@@ -106,7 +106,7 @@ def flex(encoding, parts, dropout=0.0):
     else:
         attention, mask = compiled_flex(), kept_triangle(T, device, torch.is_inference_mode_enabled())
     return attention(
-        pairs.q, pairs.k, pairs.v, scale=pairs.q.shape[-1] ** -0.5, block_mask=mask,
+        pairs.q, pairs.k, pairs.v, scale=pairs.v.shape[-1] ** -0.5, block_mask=mask,
         enable_gqa=pairs.q.shape[1] != pairs.k.shape[1],
         score_mod=lambda score, b, h, i, j: score + table[h, (i - j).abs()],  # later keys take any entry, unseen
     )  # fmt: skip

@@ -21,7 +21,6 @@ import torch
 
 import data
 import posenc
-import train
 from core import flags as configs
 from core import place as places
 from core import report, runs
@@ -73,7 +72,7 @@ def learn(specs, argv, place, options):
     workers, jobs = Workers(0, place.device, home / "logs"), {}
     lengths = [length for multiple in MULTIPLES if (length := multiple * options.train_length) < len(dataset.val)]
     for spec in specs:
-        config = train.settle([], settings | {"posenc": spec, "out_dir": str(home / report.slug(spec))})
+        config = runs.settle([], settings | {"posenc": spec, "out_dir": str(home / report.slug(spec))})
         laid_over = [f"--posenc={way}" for way in (spec, *stretches(spec))]
         measured = f"--targets={options.targets}", f"--lengths={lengths}", *laid_over
         jobs[spec] = functools.partial(trained, workers, config, [*told, f"--posenc={spec}"], checksum, *measured)

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import train
 from core import runs
 from core.errors import UserError
 from core.settings import Config
@@ -114,7 +113,7 @@ def trained(workers, config, argv, checksum, *flags):
 def settings_of(saved, config):
     """What makes a run the one that `config` asks for, of its saved settings: as JSON, whose keys are text. A run from
     before a setting existed has its default."""
-    free = train.MAY_CHANGE - {"max_steps"}
+    free = runs.MAY_CHANGE - {"max_steps"}
     free |= set() if config.vocab_size else {"vocab_size"}  # 0 stands for the tokenizer's
     return {key: json.dumps(value) for key, value in (runs.plain(Config()) | saved).items() if key not in free}
 

@@ -1,4 +1,9 @@
-"""Biases."""
+"""What is added to the logits because of how far a key lies back, whatever the tokens say.
+
+The hook is `distance_bias(n)`: distances n >= 0 of any shape to (H, *n.shape), added to q k / sqrt(D). A bias by
+distance alone is a table, which a kernel on a GPU reads without ever making (T, S). Where the positions i and j matter
+by themselves too (fire), the hook is `bias(i, j)`. Biases stay in float32: half precision would merge distances.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,9 @@
-"""Content."""
+"""What is added to the logits, or replaces them, because of what the tokens say.
+
+The hook is `logits(pairs)`: all of the logits (B, H, T, S), from queries, keys, their positions, and what
+`state(x, last)` keeps for every token beside its key. It gives up the fused kernel, which computes q k / sqrt(D) and
+no more. `values(weights, pairs)` adds to what attention reads, from its weights (shaw).
+"""
 
 import math
 

@@ -1,4 +1,8 @@
-"""Randomized."""
+"""Other positions for any encoding.
+
+The hook is `positions(pos, length)`: indices of tokens to the positions that all other hooks are given. `redraw` is
+called before every training step, the place to draw random ones.
+"""
 
 import torch
 
@@ -48,7 +52,7 @@ class Randomized(Encoding):
         return pos * max(1, self.length // length)
 
 
-# What `randomized` takes from its inner encoding.
+# The hooks and facts that `randomized` takes from its inner encoding.
 DELEGATED = (
     "embed", "ffn", "rotate", "distance_bias", "bias", "state", "logits", "values",
     "embeds", "biases", "keeps", "writes_out", "shared", "chunk", "max_length", "way_out",

@@ -1,4 +1,10 @@
-"""Rotary."""
+"""What descends from rope: rotations of queries and keys, and what may be laid over a trained rope at test time.
+
+The hook is `rotate(pairs)`, which returns queries and keys transformed by their positions, before the products that
+make the logits. A rotation that stays true as the context grows is done once, as a key enters the cache
+(`rotate_once`); one that depends on the context's length, or on which query looks, is done anew for every call. Rules
+that need another angle for far keys than for near ones have two products, and so override `logits`.
+"""
 
 from dataclasses import replace
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Speed and memory: one file and one command for each question."""
