@@ -1,2 +1,1 @@
-"""The laboratory: what looks into finished runs, sets them side by side, and draws. Training and sampling work without
-it, but for the table that closes a run."""
+"""The laboratory: it measures and draws what training alone does not need."""
