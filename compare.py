@@ -61,7 +61,7 @@ class Compare(Config):
             require(placed, f"{page} has no place for the tables: the lines {marks[0]} and {marks[1]}")
 
 
-# What of the command line is the comparison's own; all else is for its runs.
+# These settings of the command line are the comparison's own; all others are for its runs.
 OWN = {"out_dir", "seed", "device"} | {field.name for field in fields(Compare)} - {
     field.name for field in fields(Config)
 }
@@ -78,10 +78,10 @@ class Contestant:
         return runs.settle([], self.settings | {"seed": seed, "out_dir": str(out / f"{self.folder}-{seed}")})
 
 
-def contestants(words, common, given):
+def contestants(words, common, settings):
     """Words of the command line, config files that all share, and {key: value} of flags -> [Contestant]. UserError for
     a word that is neither config file nor encoding."""
-    if "posenc" in given:
+    if "posenc" in settings:
         raise UserError("--posenc would make all of them the same; name encodings as you name config files, without it")
     shared, named = {}, {}
     for file in common:
@@ -97,8 +97,8 @@ def contestants(words, common, given):
             name, folder, own, argv = word, report.slug(word), {"posenc": word}, [f"--posenc={word}"]
         if folder in named:
             raise UserError(f"two are called '{folder}': give the config files different names")
-        argv = [*common, *argv, *(f"--{key}={value}" for key, value in given.items())]
-        named[folder] = Contestant(name, folder, argv, shared | own | given)
+        argv = [*common, *argv, *(f"--{key}={value}" for key, value in settings.items())]
+        named[folder] = Contestant(name, folder, argv, shared | own | settings)
     if not named:
         raise UserError(f"which configs? usage: {Compare.usage}")
     return list(named.values())
@@ -140,15 +140,15 @@ def write(by_seed, seeds, T, command, place, options):
 
 
 def main(argv):
-    words, given = configs.flags(argv, Compare)
-    options = configs.make(Compare, {key: value for key, value in given.items() if key in OWN})
+    words, settings = configs.flags(argv, Compare)
+    options = configs.make(Compare, {key: value for key, value in settings.items() if key in OWN})
     common = [options.common] if isinstance(options.common, str) else options.common
     named = contestants(
-        words, [file for file in common if file], {key: value for key, value in given.items() if key not in OWN}
+        words, [file for file in common if file], {key: value for key, value in settings.items() if key not in OWN}
     )
     place, out = places.choose(options.device), Path(options.out_dir)
     seeds = [options.seed + index for index in range(options.seeds)]
-    all_configs = {(one.name, seed): one.config(seed, out) for seed in seeds for one in named}
+    all_configs = {(each.name, seed): each.config(seed, out) for seed in seeds for each in named}
     first, T = next(iter(all_configs.values())), shared_length(list(all_configs.values()))
     checksum = data.open_dataset(first, vocabulary.load(first.tokenizer)).meta["data_checksum"]
     lock = runs.lock(out / "logs")  # held until this process ends
@@ -156,14 +156,14 @@ def main(argv):
         raise UserError(f"another comparison works in {out}: wait for its end, or choose another folder with --out_dir")
 
     workers = Workers(min(options.jobs, len(all_configs)), place.device, out / "logs")
-    told, measured = {one.name: one.argv for one in named}, (f"--targets={options.targets}", f"--train_length={T}")
+    told, measured = {each.name: each.argv for each in named}, (f"--targets={options.targets}", f"--train_length={T}")
     jobs = {
         (name, seed): functools.partial(trained, workers, config, told[name], checksum, *measured)
         for (name, seed), config in all_configs.items()
     }
     tqdm.write(f"{len(jobs)} runs, {workers.jobs} at once; what they say goes to {out}/logs", file=sys.stderr)
     results = {key: record for key, records in workers.all(jobs).items() for record in records.values()}
-    by_seed = {one.name: [results[one.name, seed] for seed in seeds] for one in named}
+    by_seed = {each.name: [results[each.name, seed] for seed in seeds] for each in named}
     write(by_seed, seeds, T, shlex.join(["python", "compare.py", *argv]), place, options)
 
 

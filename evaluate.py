@@ -31,10 +31,10 @@ from lab.tables import picture, pictures, table, tables
 
 @dataclass
 class Options(Reading):
-    """How runs are read, and what of them is measured."""
+    """How runs are read, and what of them is measured. Several --posenc are each laid over every run."""
 
     usage: ClassVar[str] = "python evaluate.py RUN [RUN ...] [--key=value ...]"
-    repeats: ClassVar[tuple] = ("posenc",)  # several are compared, each laid over every run
+    repeats: ClassVar[tuple] = ("posenc",)
 
     dtype: Dtype = "auto"  # of products; auto is the run's
     targets: int = 128  # windows scored at every length
@@ -78,7 +78,7 @@ class Options(Reading):
 
     @property
     def kind(self):
-        """What the place for the table is called, <!-- evaluate --> in a Markdown file."""
+        """The name of the table's place in a Markdown file, as in <!-- evaluate -->."""
         return "frequencies" if self.frequencies else "evaluate"
 
 
@@ -161,7 +161,7 @@ def measure(model, dataset, tokenizer, place, options):
 
 
 def measure_all(opened_runs, datasets, place, options):
-    """-> ({name: record}, lines of all their tables)."""
+    """Measure every run -> ({name: record}, lines of all their tables)."""
     records = {}
     for name, opened in opened_runs.items():
         checksum = opened.data_checksum or datasets[name].meta["data_checksum"]
@@ -171,13 +171,14 @@ def measure_all(opened_runs, datasets, place, options):
 
 
 def look_at_frequencies(opened_runs, datasets, place, options):
-    """-> ({name: figures}, lines of their tables); the pictures go straight to their folder."""
-    opened = {}
-    for name, one in opened_runs.items():
-        T, dataset = one.config.train_length, datasets[name]
-        loss = functools.partial(length_loss, one.model, dataset, place, options.targets, (1, 2, 4))
-        opened[name] = one.model, long_windows(dataset, T, scored_at(T), options.targets), loss
-    return frequencies.look(opened, place, options.out_dir)
+    """Take the rotations of every run apart -> ({name: figures}, lines of their tables). The pictures go straight to
+    their folder."""
+    measured = {}
+    for name, opened in opened_runs.items():
+        T, model, dataset = opened.config.train_length, opened.model, datasets[name]
+        loss = functools.partial(length_loss, model, dataset, place, options.targets, (1, 2, 4))
+        measured[name] = model, long_windows(dataset, T, scored_at(T), options.targets), loss
+    return frequencies.look(measured, place, options.out_dir)
 
 
 def write(records, lines, command, place, seed, options):
@@ -199,8 +200,8 @@ def write(records, lines, command, place, seed, options):
 
 
 def main(argv):
-    paths, given = flags(argv, Options)
-    options = make(Options, given)
+    paths, settings = flags(argv, Options)
+    options = make(Options, settings)
     if not paths:
         raise UserError(f"which runs? usage: {Options.usage}")
     opened_runs = open_runs(paths, options)  # all of them first: a mistake comes before the work

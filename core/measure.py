@@ -1,7 +1,7 @@
 """How well a model predicts: its validation loss, its loss as the context grows, and tasks answered without a mistake.
 
 **The same targets**: `length_loss` scores the last T/4 tokens of windows inside one long validation document each, with
-the L tokens that end there as input. Every length is asked the same question and only the context grows: a loss that
+the L tokens that end there as input. The question is the same at every length, and only the context grows: a loss that
 falls uses the longer context, one that is flat ignores it, one that rises is broken by it.
 
 Each function takes the `place` (core/place.py) where it computes. The processes of a run share the windows among them.
@@ -139,7 +139,7 @@ def length_loss(model, dataset, place, count, multiples=MULTIPLES, T=0, **readin
 
 
 def record(model, T, lengths, windows, **numbers):
-    """What every measurement at several lengths leaves: the lengths in tokens, and for each of them its numbers."""
+    """A measurement at several lengths as it is kept: the lengths in tokens, and for each of them the numbers."""
     limit = None if model.max_length == math.inf else model.max_length
     return {"train_length": T, "lengths": lengths, **numbers, "windows": windows, "max_length": limit}
 

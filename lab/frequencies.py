@@ -1,4 +1,4 @@
-"""What each frequency of a rotation is for: norms of its pairs, what they add to the logits, and the loss without them.
+"""The use of each frequency of a rotation: norms of its pairs, what they add to the logits, and the loss without them.
 
 After Barbero et al. 2024 ("Round and Round We Go! What makes rotary positional encodings useful?", sections 4 and 5).
 RoPE turns dimensions in pairs. Frequencies descend with the pair m, so the first pairs turn fastest, and the *last* are
@@ -22,7 +22,7 @@ from model import GPTConfig
 from posenc import RoPE
 from zoo.randomized import Randomized
 
-# What `frequencies` averages for each pair of dimensions, as tables and pictures call it.
+# `frequencies` averages these for each pair of dimensions; tables and pictures call them so.
 MEASURES = {
     "q_norm": "norm of the queries' pairs",
     "k_norm": "norm of the keys' pairs",
@@ -66,7 +66,7 @@ def wavelengths(model):
 
 @torch.inference_mode()
 def frequencies(model, windows, place, budget=1 << 21):
-    """What each pair of dimensions is used for, over the last T input tokens of windows (N, >= T + 1).
+    """The use of each pair of dimensions, over the last T input tokens of windows (N, >= T + 1).
 
     Returns {"wavelength" (P,) in tokens, "turns" (P,) in T, "unfinished" (P,) bool: less than one turn in T,
     "q_norm" (n_layer, H, P), "k_norm" (n_layer, H_kv, P): mean 2-norm of a pair of every query or key,
@@ -151,7 +151,7 @@ def between(pairs):
 
 
 def silencing(model, loss, share=0.25):
-    """What loss(), the record of core.measure.length_loss for the model as it then is, becomes without some pairs ->
+    """The loss without some pairs. loss() is the record of core.measure.length_loss for the model as it then is ->
 
     {"lengths", "loss": {case: nats per token at every length}, "pairs": {case: list}}: with nothing changed; the
     fastest and slowest `share` of pairs, and those that never finish a turn in T, silenced and frozen (see `silenced`);

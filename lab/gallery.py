@@ -62,9 +62,9 @@ class Gallery(Config):
 def learn(specs, argv, place, options):
     """Train every encoding and measure it, alone and with what stretches it laid over -> {spec: {spec laid over it:
     record}}."""
-    files, given = configs.flags(argv, Gallery)
+    files, named = configs.flags(argv, Gallery)
     shared = {field.name for field in fields(Config)}
-    told = [*files, *(f"--{key}={value}" for key, value in given.items() if key in shared and key != "device")]
+    told = [*files, *(f"--{key}={value}" for key, value in named.items() if key in shared and key != "device")]
     settings = {key: getattr(options, key) for key in shared}
     dataset = data.open_dataset(options, vocabulary.load(options.tokenizer))
     home, checksum = Path(options.runs_dir), dataset.meta["data_checksum"]

@@ -13,7 +13,7 @@ def depth_map(model, task, place, count, multiples=TASK_MULTIPLES, depths=DEPTHS
     "exact": a list over the lengths for each depth, "windows"}."""
     records = [exact_match(model, task, place, count, multiples, depth=depth) for depth in depths]
     shared = {key: records[0][key] for key in ("train_length", "lengths")}
-    return shared | {"depths": list(depths), "exact": [one["exact"] for one in records], "windows": count}
+    return shared | {"depths": list(depths), "exact": [record["exact"] for record in records], "windows": count}
 
 
 def picture(path, depths):

@@ -1,8 +1,8 @@
 """Runs that are trained and measured by train.py and evaluate.py, in processes of their own, several at once.
 
-What a script leaves in its folder is what counts: a run that is finished is not trained again, and one that was
-measured is not measured again. So a comparison that was killed goes on where it was, and can do nothing that a user
-could not.
+Folders are all the memory there is: a run that is finished is not trained again, and one that was measured is not
+measured again. A comparison that was killed therefore goes on where it was, and it can do nothing that a user could
+not.
 """
 
 import concurrent.futures
@@ -99,20 +99,20 @@ def trained(workers, config, argv, checksum, *flags):
     UserError where a script fails.
     """
     folder = Path(config.out_dir)
-    saved, asked = (
+    saved, wanted = (
         settings_of(known, config) for known in (runs.read_json(folder / "config.json"), runs.plain(config))
     )
     _, records, _ = left(folder / "reach")
     # The records are looked at too: a run that was told to go on has its new settings before it has gone.
-    if saved != asked or not up_to_date(records, config.max_steps, checksum):
+    if saved != wanted or not up_to_date(records, config.max_steps, checksum):
         quiet = "--length_targets=0"  # its closing table would be measured twice
         workers.call(folder.name, "train.py", quiet, *argv, f"--seed={config.seed}", f"--out_dir={folder}")
     return measured(workers, folder, config.max_steps, checksum, *flags)
 
 
 def settings_of(saved, config):
-    """What makes a run the one that `config` asks for, of its saved settings: as JSON, whose keys are text. A run from
-    before a setting existed has its default."""
+    """The saved settings that have to be those of `config` for a run to be the same one, as JSON, whose keys are text.
+    A run from before a setting existed has its default."""
     free = runs.MAY_CHANGE - {"max_steps"}
     free |= set() if config.vocab_size else {"vocab_size"}  # 0 stands for the tokenizer's
     return {key: json.dumps(value) for key, value in (runs.plain(Config()) | saved).items() if key not in free}
@@ -138,7 +138,7 @@ def measured(workers, run, step, checksum, *flags):
 
 
 def left(folder):
-    """What evaluate.py left in a folder -> (its command, {name: record}, the time when it was written)."""
+    """A folder that evaluate.py wrote into -> (its command, {name: record}, the time when it was written)."""
     for name in ("results.json", "length.json"):  # the second is what it was called first
         file = folder / name
         saved = runs.read_json(file)

@@ -68,7 +68,7 @@ def test_a_comparison_leaves_tables_and_is_not_made_twice(command, page, tmp_pat
     assert call_script("compare.py", *command).returncode == 0
     assert stamps(out) == before
 
-    # What was measured before results.json had its name counts as well, until the checkpoint is a newer one.
+    # Measurements from before results.json had its name count as well, until the checkpoint is a newer one.
     for folder in out.glob("*/reach"):
         (folder / "results.json").rename(folder / "length.json")
     before = stamps(out)

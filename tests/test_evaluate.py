@@ -1,10 +1,12 @@
 """The command that measures finished runs."""
 
+import dataclasses
 import json
 
 import torch
 from small import HALF
 
+import evaluate
 from model import GPT, GPTConfig
 
 
@@ -83,3 +85,10 @@ def test_the_command_refuses_in_one_line(trained, learned, call_script, tmp_path
         assert done.stdout == ""
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert said in done.stderr
+
+
+def test_help_has_a_line_for_every_option(call_script):
+    done = call_script("evaluate.py", "--help")
+    assert done.returncode == 0, done.stderr
+    flags = [line.split("=")[0].strip() for line in done.stdout.splitlines() if line.startswith("  --")]
+    assert {f"--{field.name}" for field in dataclasses.fields(evaluate.Options)} == set(flags)

@@ -1,4 +1,4 @@
-"""What the pairs of a rotation do, against their definitions and answers that are known."""
+"""The use of the pairs of a rotation, against their definitions and answers that are known."""
 
 import functools
 import json
