@@ -23,15 +23,14 @@ def written_out(encoding, parts, dropout=0.0):
 
         y_i = sum_j w_ij v_j,  w_i = softmax over j of s_ij,  s_ij = q_i k_j / sqrt(D) + what the encoding adds
 
-    The logits of several parts stand side by side before the softmax.
+    The keys of several parts stand side by side.
     """
     parts = [ready(part) for part in parts]
-    logits = [hide(encoding.logits(part), part.seen, encoding) for part in parts]  # (B, H, T, S) each
+    logits = [hidden(encoding, part) for part in parts]  # (B, H, T, S) each
     weights = (logits[0] if len(parts) == 1 else torch.cat(logits, dim=-1)).softmax(-1)
     weights = F.dropout(weights.to(parts[0].v.dtype), dropout)
-    shares = list(zip(weights.split([len(part.j) for part in parts], dim=-1), parts, strict=True))
-    read = [share @ part.v for share, part in shares] + [encoding.values(*pair) for pair in shares]
-    return functools.reduce(torch.add, (y for y in read if y is not None))
+    shares = weights.split([len(part.j) for part in parts], dim=-1)
+    return functools.reduce(torch.add, map(encoding.values, shares, parts))
 
 
 def ready(pairs):
@@ -42,12 +41,13 @@ def ready(pairs):
     return Pairs(pairs.q, k, v, pairs.i, pairs.j, seen, pairs.state, pairs.own, pairs.length)
 
 
-def hide(logits, seen, encoding):
-    """Logits (B, H, T, S) with minus infinity where `seen` (T, S) is false."""
+def hidden(encoding, pairs):
+    """The logits of the Pairs (B, H, T, S), with minus infinity for keys that are not seen."""
+    logits = encoding.logits(pairs)
     if encoding.biases and not encoding.writes_out:  # the bias is minus infinity there already
         return logits
     # A sum passes gradients on as they are, where filling would fill the gradient too (docs/log.md).
-    return logits + torch.zeros_like(seen, dtype=logits.dtype).masked_fill_(~seen, -math.inf)
+    return logits + torch.zeros_like(pairs.seen, dtype=logits.dtype).masked_fill_(~pairs.seen, -math.inf)
 
 
 def visible(i, j, window=None, sinks=0):

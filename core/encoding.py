@@ -9,7 +9,7 @@ that overrides the hooks it needs:
     distance_bias(n)         (...) -> (H, ...)        added to the logits, from the distance n = i - j alone
     bias(i, j)               (T,), (S,) -> (H, T, S)  added to the logits where i and j themselves matter
     logits(pairs)            -> (B, H, T, S)          all of the logits, where the content matters too
-    values(weights, pairs)   -> (B, H, T, D)          added to what attention reads
+    values(weights, pairs)   -> (B, H, T, D)          what attention reads with its weights
 
 Two rules prevent most bugs. Positions are explicit int64 tensors: nothing here derives a position from a shape, so a
 cache, a shifted window or a random position needs no special case. Angles, distances and biases are computed in float32
@@ -174,8 +174,9 @@ class Encoding(nn.Module):
         return logits + self.bias(pairs.i, pairs.j).masked_fill(~pairs.seen, -math.inf)
 
     def values(self, weights, pairs):
-        """weights of attention (B, H, T, S) -> (B, H, T, D) added to their mean of the values, or None."""
-        return None
+        """What attention reads: its weights (B, H, T, S) times the values, with a value for every head -> (B, H, T, D).
+        Whoever overrides it gives up the fused kernel."""
+        return weights @ pairs.v
 
     def require(self, condition, message):
         if not condition:

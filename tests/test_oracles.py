@@ -450,16 +450,14 @@ def test_shaw(clip, with_values):
     compare(encoding, logit)
     at = torch.tensor(APART)
     weights = torch.rand(2, 4, QUERIES, len(APART), dtype=torch.float64) * (at <= at[-QUERIES:, None])
-    given = encoding.values(weights, Pairs(None, None, None, at[-QUERIES:], at))
-    if not with_values:
-        assert given is None
-        return
-    value = encoding.value.tolist()
+    v = torch.randn(2, 4, len(APART), 8, dtype=torch.float64)
+    given = encoding.values(weights, Pairs(None, None, v, at[-QUERIES:], at))
+    value = encoding.value.tolist() if with_values else [[0.0] * 8] * (clip + 1)
     for b, h, t in itertools.product(range(2), range(4), range(QUERIES)):
         expected = [0.0] * 8
         for s in range(10 - QUERIES + t + 1):
-            row = value[min(APART[t - QUERIES] - APART[s], clip)]
-            expected = [x + weights[b, h, t, s].item() * y for x, y in zip(expected, row, strict=True)]
+            row = zip(v[b, h, s].tolist(), value[min(APART[t - QUERIES] - APART[s], clip)], strict=True)
+            expected = [x + weights[b, h, t, s].item() * (y + z) for x, (y, z) in zip(expected, row, strict=True)]
         assert given[b, h, t].tolist() == pytest.approx(expected, abs=1e-10)
 
 

@@ -2,7 +2,7 @@
 
 The hook is `logits(pairs)`: all of the logits (B, H, T, S), from queries, keys, their positions, and what
 `state(x, last)` keeps for every token beside its key. It gives up the fused kernel, which computes q k / sqrt(D) and
-no more. `values(weights, pairs)` adds to what attention reads, from its weights (shaw).
+no more. `values(weights, pairs)` is what attention reads with its weights, to which shaw adds.
 """
 
 import math
@@ -43,11 +43,12 @@ class Shaw(Encoding):
         return super().logits(pairs) + by_row(pairs.q * self.head_dim**-0.5, self.key.to(pairs.q.dtype), row)
 
     def values(self, weights, pairs):
+        read = super().values(weights, pairs)
         if not self.with_values:
-            return None
+            return read
         row = distances(pairs.i, pairs.j).clamp(max=self.clip).expand_as(weights)
         of_rows = weights.new_zeros(*weights.shape[:3], self.clip + 1).scatter_add(-1, row, weights)
-        return of_rows @ self.value.to(weights.dtype)  # the weights of a row's keys, summed, times the row
+        return read + of_rows @ self.value.to(weights.dtype)  # the weights of a row's keys, summed, times the row
 
 
 class TransformerXL(Encoding):
