@@ -104,7 +104,7 @@ def test_chunks_and_batches_change_nothing(monkeypatch):
         monkeypatch.setattr(measure, "at_once", lambda model, length, rows=rows: rows)
         for module, name in ((cache, "WHOLE"), (cache, "PIECE"), (measure, "PIECE")):
             monkeypatch.setattr(module, name, chunk)
-        losses.append(length_loss(exact_model(), dataset([2000], ids), CPU, 8)["loss"])
+        losses.append(length_loss(exact_model(), dataset([2000], ids), CPU, 8, (0.5, 1.1, 5))["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
     assert losses[2] == pytest.approx(losses[0], rel=1e-9)
 

@@ -368,21 +368,31 @@ def test_lengths_may_grow(learn, tmp_path):
     assert list(metrics(tmp_path / "run", "loss")) == [1, 2, 3, 4]
 
 
-def test_the_loss_is_the_mean_over_the_targets_of_all_micro_batches_and_processes(learn, corpus, tmp_path):
-    """Rows have answers of many lengths, so that a mean of the parts' means would be another number."""
-    settings = {"dataset": "copy", "text": "", "max_steps": 3, "dropout": 0.0, "length_targets": 0, "eval_interval": 3}
-    learn(tmp_path / "one", **settings)
-    learn(tmp_path / "four", micro_batch_size=2, **settings)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    two = command(corpus, tmp_path / "two", launcher, **settings)
-    assert subprocess.run(two, env=ENV, capture_output=True, check=False).returncode == 0
+MEAN = {"dataset": "copy", "text": "", "max_steps": 3, "dropout": 0.0, "length_targets": 0, "eval_interval": 3}
+
+
+def check_means(out, other):
     for key in ("loss", "grad_norm", "val_loss"):
-        one = metrics(tmp_path / "one", key)
-        for name in ("four", "two"):
-            assert metrics(tmp_path / name, key) == pytest.approx(one, rel=1e-4)
+        assert metrics(other, key) == pytest.approx(metrics(out, key), rel=1e-4)
+
+
+def test_the_loss_is_the_mean_over_the_targets_of_all_micro_batches(learn, tmp_path):
+    """Rows have answers of many lengths, so that a mean of the parts' means would be another number."""
+    learn(tmp_path / "one", **MEAN)
+    learn(tmp_path / "four", micro_batch_size=2, **MEAN)
+    check_means(tmp_path / "one", tmp_path / "four")
     counts = (task_of("copy").batch(16, 8, (1337, 0), 0)[1] >= 0).sum(1).reshape(4, 2).sum(1)
     assert len(set(counts.tolist())) > 2
     assert metrics(tmp_path / "one", "loss")[1] == pytest.approx(first_loss(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_loss_is_the_mean_over_the_targets_of_all_processes(learn, corpus, tmp_path):
+    learn(tmp_path / "one", **MEAN)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    two = command(corpus, tmp_path / "two", launcher, **MEAN)
+    assert subprocess.run(two, env=ENV, capture_output=True, check=False).returncode == 0
+    check_means(tmp_path / "one", tmp_path / "two")
 
 
 def first_loss():
