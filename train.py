@@ -24,10 +24,10 @@ import data
 from core import flags, optimizers, report, runs
 from core import place as places
 from core.errors import UserError, run
+from core.measure import batches, validation_loss
 from core.place import Place
 from core.settings import Config
 from data import vocabulary
-from evaluate import batches, validation_loss
 from model import GPT, derive_seed
 
 

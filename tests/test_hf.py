@@ -777,7 +777,7 @@ def test_a_published_model_is_evaluated(tmp_path, plain, bpe, llama2, corpus, ca
         flags = [f"--data={corpus}", "--targets=2", "--train_length=16", f"--data_dir={tmp_path / 'data'}"]
         done = call_script("evaluate.py", f"hf:{folder}", *flags, f"--out_dir={tmp_path / 'reach' / folder.name}")
         assert done.returncode == 0, done.stderr
-        (result,) = json.loads((tmp_path / "reach" / folder.name / "length.json").read_text())["runs"].values()
+        (result,) = json.loads((tmp_path / "reach" / folder.name / "results.json").read_text())["runs"].values()
         assert result["lengths"][:2] == [8, 16] and result["step"] == 0
         assert all(0 < loss < 30 for loss in result["loss"])
 
