@@ -1,4 +1,15 @@
-"""Classics."""
+"""The positional encodings that everybody should know, in teaching order: each answers what the one before left open.
+
+    none        nothing but the causal mask: what does a decoder know of order by itself?
+    sinusoidal  fixed waves, added to the embeddings
+    learned     a learned vector for every position, added to the embeddings
+    t5          one scalar for every distance, added to the logits: distance is what counts
+    alibi       the same place, without anything learned: far keys simply fade
+    rope        queries and keys turn, so that their product knows the distance; and its scalings stretch it
+
+They subclass `Encoding` (core/encoding.py), which lists the places where position can enter. The other encodings stand
+in zoo/, in chapters by those places. `ENCODINGS` maps the names of all of them to their classes.
+"""
 
 import math
 
@@ -6,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.encoding import ENCODINGS, Encoding, along_heads, build, derives, distances, every, merge, parse  # noqa: F401
+from core.encoding import ENCODINGS, Encoding, along_heads, build, derives, every, merge, parse
+
+# Whoever names encodings asks this module, which has loaded all of them.
+__all__ = ["ENCODINGS", "Encoding", "build", "derives", "every", "merge", "parse"]
 
 
 class NoPE(Encoding):
@@ -19,6 +33,7 @@ class NoPE(Encoding):
 
     name = "none"
     relative = True
+    positionless = True
 
 
 class Sinusoidal(Encoding):
@@ -150,16 +165,6 @@ class ALiBi(Encoding):
     def distance_bias(self, n):
         return -along_heads(self.slope, n) * n
 
-    def fold(self, q, k, k_pos):
-        # -m n = m j - m i, and the last is the same for all keys. m sqrt(D) is split into three numbers of half
-        # precision and j into two, whose products the kernel adds up in float32: to 2^-24 m j for j < 65,536.
-        slopes = parts(self.slope * self.head_dim**0.5, 3, q.dtype)
-        places = parts(k_pos.to(torch.float32), 2, q.dtype)
-        for_q = torch.stack([m for m in slopes for _ in places], dim=-1)[:, None]  # (H, 1, 6)
-        for_k = torch.stack([j for _ in slopes for j in places], dim=-1)  # (S, 6)
-        wider = (torch.cat((x, more.expand(*x.shape[:3], -1)), dim=-1) for x, more in ((q, for_q), (k, for_k)))
-        return tuple(F.pad(x, (0, 2)) for x in wider)  # kernels like multiples of 8
-
 
 class RoPE(Encoding):
     """Rotary position embedding: pairs of dimensions turn by an angle proportional to position (Su et al. 2021).
@@ -229,8 +234,8 @@ class RoPE(Encoding):
                 self.require(all(type(x) in (int, float) and x > 0 for x in factors), form)
         self.rotate_once = self.scaling not in ("dynamic", "longrope")
 
-    def rotate(self, q, k, q_pos, k_pos, length):
-        return self.turn(q, q_pos, length), self.turn(k, k_pos, length)
+    def rotate(self, pairs):
+        return self.turn(pairs.q, pairs.i, pairs.length), self.turn(pairs.k, pairs.j, pairs.length)
 
     def turn(self, x, pos, length=0):
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -301,13 +306,4 @@ def sinusoids(pos, dim, base, dtype=torch.float32):
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
-def parts(x, count, dtype):
-    """x as a sum of `count` numbers of a narrower dtype."""
-    found = []
-    for _ in range(count):
-        found.append(x.to(dtype))
-        x = x - found[-1].to(x.dtype)
-    return found
-
-
-import zoo  # noqa: F401
+import zoo  # noqa: F401  # last, as its chapters build on the classes above

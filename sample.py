@@ -22,6 +22,7 @@ from core import place as places
 from core import runs
 from core.errors import UserError, require, require_range, run
 from core.flags import flags, make
+from core.measure import windowed_losses
 from core.settings import Reading
 from data import vocabulary
 from model import generate
@@ -181,8 +182,6 @@ def main(argv):
     made = sum(len(text) - len(prompt) for text in texts)
     print("\n\n" + dim(f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s"))
     if made:
-        from evaluate import windowed_losses
-
         judge = as_trained[0].model if as_trained else model
         losses = [windowed_losses(judge, torch.tensor([text]), T, max(1, T // 2), place)[0].tolist() for text in texts]
         title = f"loss of the generated text, in nats per token, with at most T = {T} tokens of context:"

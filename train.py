@@ -7,288 +7,316 @@
 The same command again goes on where the run stopped. `--help` lists every setting.
 """
 
-from core import start  # isort: skip
+from core import start as process  # isort: skip
 
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import evaluate
-import posenc
-from core import flags as configs
-from core import optimizers, report, runs
+from core import flags, optimizers, report, runs
 from core import place as places
 from core.errors import UserError, run
+from core.measure import batches, validation_loss
+from core.place import Place
 from core.settings import Config
 from data import vocabulary
-from model import GPTConfig, derive_seed
-
-TRY = "Try a lower --learning_rate, or --dtype=float32, with another --out_dir"
-# What may differ when a run goes on; all else would make it another run.
-MAY_CHANGE = {
-    "max_steps", "eval_interval", "log_interval", "checkpoint_interval", "device", "compile", "micro_batch_size",
-    "out_dir", "data_dir", "length_targets",
-}  # fmt: skip
+from model import GPT, derive_seed
 
 
-def settle(names, given):
-    """Names of the config files and {key: value} -> the whole Config. `init_from` lends it model settings."""
-    inherited = {}
-    if given.get("init_from"):
-        base = runs.load(given["init_from"])["config"]
-        keys = [field.name for field in fields(GPTConfig)] + ["tokenizer"]
-        inherited = {key: base[key] for key in keys if key in base}
-        given["posenc"] = runs.merge_posenc(base["posenc"], given.get("posenc", ""))
-        # What the encoding learned, and what stretches it, stays relative to the length it was trained at.
-        kept = posenc.derives(given["posenc"], base["posenc"])
-        inherited["original_length"] = (base["original_length"] or base["train_length"]) if kept else 0
-    config = configs.make(Config, inherited | given)
-    if not config.out_dir:
-        spec = config.posenc if isinstance(config.posenc, str) else "-".join(config.posenc)
-        config.out_dir = "out/" + ("-".join(names) or spec.partition("(")[0])
-    return config
+@dataclass
+class Training:
+    """A run in progress: all that a step reads or changes."""
+
+    config: Config
+    place: Place
+    dataset: Any  # a data.Dataset or a data.tasks.Task
+    model: GPT
+    forward: torch.nn.Module  # the model, perhaps compiled, perhaps wrapped by DistributedDataParallel
+    optimizers: list
+    scaler: torch.amp.GradScaler  # of the loss, so that small gradients survive float16; without effect elsewhere
+    step: int  # steps done
+    best: float  # the lowest validation loss so far
+    lock: Any  # held until the process ends, so that no other trains into the folder
 
 
-def learning_rate(config, step):
-    """The learning rate of a step, as a share of its peak: up, then level and down (wsd), or up and along a cosine."""
-    share = (step + 0.5) / config.max_steps
-    if share < config.warmup:
-        return share / config.warmup
-    if config.schedule == "cosine":
-        fall = 0.5 + 0.5 * math.cos(math.pi * (share - config.warmup) / (1 - config.warmup))
-    else:
-        fall = min(1.0, (1 - share) / config.decay) if config.decay else 1.0
-    return config.final_lr + (1 - config.final_lr) * fall
+def open_data(config, place):
+    """The tokenizer and the data set of a run. One process of each machine prepares what is missing, then the others
+    open it."""
+    tokenizer = vocabulary.load(config.tokenizer)
+    for first in (True, False):
+        if first == (place.local_rank == 0):
+            dataset = data.open_dataset(config, tokenizer)
+        place.barrier()
+    config.vocab_size = config.vocab_size or tokenizer.n_vocab
+    if config.vocab_size < tokenizer.n_vocab:
+        needed = f"tokenizer {config.tokenizer} has {tokenizer.n_vocab}"
+        raise UserError(f"vocab_size={config.vocab_size} is too small: {needed}")
+    return tokenizer, dataset
 
 
-def resume(config, out, dataset, encoding):
-    """The state of the run in the folder `out`, or None where it is new. UserError if that run is another one."""
-    if not any((out / name).exists() for name in (runs.CKPT, runs.PREVIOUS)):
-        return None
-    state = runs.load(out)
-    # A run from before a setting existed has its default.
-    old, new = runs.plain(runs.config_of(state)), runs.plain(config)
-    differ = [key for key in new if key not in MAY_CHANGE and old[key] != new[key]]
-    if differ:
-        said = ", ".join(f"{key} was {old[key]!r} and is now {new[key]!r}" for key in differ)
-        raise UserError(
-            f"{out} holds a run with other settings: {said}. Start another with --out_dir, or set them back"
-        )
-    if "optimizer" not in state:
-        raise UserError(
-            f"{runs.find(out)} cannot go on: it holds no optimiser state (best.pt does not); use --init_from"
-        )
-    runs.check_tokenizer(encoding, state)
-    if state["data_checksum"] != dataset.meta["data_checksum"]:
-        raise UserError(f"the corpus of {out} has changed since it began ({dataset.folder}); start anew with --out_dir")
-    return state
-
-
-def train(config, device):
-    """One run from its first step, or from where it stopped, to its end. Returns the exit status."""
-    out, encoding = Path(config.out_dir), vocabulary.load(config.tokenizer)
-    share, rest = divmod(config.batch_size, device.world)
-    micro = config.micro_batch_size or share
-    if rest or share % micro:
-        raise UserError(
-            f"batch_size={config.batch_size} does not divide by {device.world} processes x micro_batch_size={micro}"
-        )
-    if micro % config.segments:
-        raise UserError(f"{micro} sequences at once do not divide by segments={config.segments}; try --batch_size=32")
-    for first in (True, False):  # one process of each machine prepares what is missing, then the others open it
-        if first == (device.local_rank == 0):
-            dataset = data.open_dataset(config, encoding)
-        device.barrier()
-    config.vocab_size = config.vocab_size or encoding.n_vocab
-    if config.vocab_size < encoding.n_vocab:
-        raise UserError(
-            f"vocab_size={config.vocab_size} is too small: tokenizer {config.tokenizer} has {encoding.n_vocab}"
-        )
-
-    state = resume(config, out, dataset, encoding)
-    model = runs.build(config, device.device)
+def start(config, place, tokenizer, dataset):
+    """The Training to go on with: new, from its own checkpoint, or from `init_from`. Whatever is wrong with the
+    settings or the folder is a UserError here, before anything is written."""
+    out, state = Path(config.out_dir), runs.resume(config, dataset, tokenizer)
+    model = runs.build(config, place.device)
     if model.max_length < config.train_length:
         raise UserError(f"train_length={config.train_length}: {model.too_long(config.train_length)}")
-    if config.segments > 1:
-        absolute = [one.name for one in model.posenc if not one.relative]
-        if absolute:
-            raise UserError(f"segments={config.segments} needs relative positions, and those of {absolute[0]} are not")
-    updaters = optimizers.make(model, config, device)
-    scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
-    step, best = 0, math.inf
+    absolute = [encoding.name for encoding in model.posenc if not encoding.relative]
+    if config.segments > 1 and absolute:
+        raise UserError(f"segments={config.segments} needs relative positions, and those of {absolute[0]} are not")
+
+    step, best, updaters = 0, math.inf, optimizers.make(model, config, place)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
     if state:
         step, best = state["step"], state["best"]
         runs.load_weights(model, state)
-        for updater, saved in zip(updaters, state["optimizer"], strict=True):
-            updater.load_state_dict(saved)
+        for optimizer, saved in zip(updaters, state["optimizer"], strict=True):
+            optimizer.load_state_dict(saved)
         if state["scaler"]:  # empty where the run was not in float16 before
             scaler.load_state_dict(state["scaler"])
     elif config.init_from:
         base = runs.load(config.init_from)
-        runs.check_tokenizer(encoding, base)
+        runs.check_tokenizer(tokenizer, base)
         runs.load_weights(model, base, fresh=True)
-    # Also the point where all have looked before the main process writes.
-    if device.sum(step) != (step * device.world,):
+
+    # A barrier too: every rank has read the checkpoint before rank 0 writes a new one.
+    if place.sum(step) != (step * place.world,):
         raise UserError(f"not all processes find the same checkpoint in {out}: it must lie on a disk that they share")
-    lock = not device.main or runs.lock(out)  # held until this process ends
-    if device.sum(lock is None) != (0,):
+    lock = not place.main or runs.lock(out)
+    if place.sum(lock is None) != (0,):
         raise UserError(f"another process trains into {out}: wait for its end, or choose another folder with --out_dir")
-    finished = step >= config.max_steps
+    return Training(config, place, dataset, model, model, updaters, scaler, step, best, lock)
 
-    def save(name, **more):
-        if device.main:
-            known = {key: dataset.meta[key] for key in ("tokenizer_fingerprint", "data_checksum")}
-            runs.save(
-                out, name, {"model": model.state_dict(), "step": step, "config": runs.plain(config)} | known | more
-            )
 
-    log, stop = runs.Log(out, device, step, config.max_steps, start.BEGAN), places.Stop(device)
-    if device.main:
-        runs.bring_tokenizer(config, out)
-        runs.write_json(out / "config.json", runs.plain(config))
-    # Or a resumed run would differ in its last bits. Filling what is about to be overwritten would only cost time.
-    torch.use_deterministic_algorithms(device.device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    forward, why_not = places.compiled(model, config.compile, device)
-    if why_not:
-        log.say(why_not)
-    if device.world > 1:
-        forward = DistributedDataParallel(forward, device_ids=[device.device] if device.device.type == "cuda" else None)
+def sequences(config, place):
+    """Sequences of a step that one process computes, and those of them that it computes at once."""
+    share, rest = divmod(config.batch_size, place.world)
+    micro_batch = config.micro_batch_size or share
+    if rest or share % micro_batch:
+        by = f"{place.world} processes x micro_batch_size={micro_batch}"
+        raise UserError(f"batch_size={config.batch_size} does not divide by {by}")
+    if micro_batch % config.segments:
+        by = f"segments={config.segments}; try --batch_size=32"
+        raise UserError(f"{micro_batch} sequences at once do not divide by {by}")
+    return share, micro_batch
+
+
+def one_step(training):
+    """One step: a batch, forward and backward, an update. It touches no file and no clock.
+
+    Returns this process's part of the loss (), in nats per target of the whole step, and the gradient's norm ()."""
+    config, place, model, forward = training.config, training.place, training.model, training.forward
+    step, scaler = training.step, training.scaler
+
+    # The batch is a pure function of (seed, step), and every process takes its own slice of it. Where a schedule has
+    # short windows they are more, and windows of several segments are fewer: a step has the same number of tokens.
+    phase, (first, length) = max(phase for phase in enumerate(config.phases) if phase[1][0] <= step)
+    share, micro_batch = sequences(config, place)
+    rows, mine, at_once = (n * config.train_length // length for n in (config.batch_size, share, micro_batch))
+    part = slice(place.rank * mine, (place.rank + 1) * mine)
+    inputs, targets = training.dataset.batch(length, rows, (config.seed, phase), step - first, part)
+    # The loss is one sum over all targets of the step, divided once by their number, however they are spread over
+    # micro-batches and processes. A task leaves some targets out, so there the processes add up what each of them has.
+    masks = training.dataset.masks
+    targets_in_step = place.sum(int((targets >= 0).sum()))[0] if masks else rows * length
+
+    # Dropout and random positions are drawn from (seed, step) as well, so that a resumed run draws the same.
+    torch.manual_seed(derive_seed(config.seed, step, place.rank))
+    model.redraw(length, derive_seed(config.seed, step))
+    model.train()
+
+    # Forward and backward, one micro-batch after the other: gradients add up. Processes exchange them in the last
+    # backward pass alone, where DDP takes their mean; ours are parts of one sum, hence the factor.
+    loss = torch.zeros((), device=place.device)
+    pairs = list(zip(batches(inputs, at_once), batches(targets, at_once), strict=True))
+    for index, (x, y) in enumerate(pairs, start=1):
+        x, y = place.send(x), place.send(y)  # (micro-batch, length)
+        with forward.no_sync() if place.world > 1 and index < len(pairs) else nullcontext():
+            with place.autocast():
+                nats = forward(x, y, segments=config.segments).sum() / targets_in_step
+            scaler.scale(nats * place.world).backward()
+        loss += nats.detach()
+
+    # The update: set the learning rate, clip the gradient, step. With float16 a gradient that overflowed is left out by
+    # all optimizers, and the scale of the loss is lowered.
+    for optimizer in training.optimizers:
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * optimizers.learning_rate(config, step)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    if not scaler.is_enabled() or norm.isfinite():
+        for optimizer in training.optimizers:
+            scaler.step(optimizer)
+    scaler.update()
+    for optimizer in training.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    training.step += 1
+    return loss, norm
+
+
+def train(config, place):
+    """One run from its first step, or from where it stopped, to its end. Returns the exit status."""
+    _, micro_batch = sequences(config, place)
+    tokenizer, dataset = open_data(config, place)
+    training = start(config, place, tokenizer, dataset)
+    finished = training.step >= config.max_steps
+    log, stop = runs.Log(config.out_dir, place, training.step, config.max_steps, process.BEGAN), places.Stop(place)
+    prepare(training, log)
     windows = dataset.validation(config.train_length, max(1, config.eval_tokens // config.train_length))
-    token_bytes, parameters = vocabulary.byte_lengths(encoding), sum(p.numel() for p in model.parameters())
-    log.say(
-        f"{out}: {parameters / 1e6:.2f} M parameters, {config.posenc}, {dataset.size} training tokens "
-        f"({config.dataset}, {config.tokenizer}), {device.world} x {device.hardware}, "
-        f"{device.dtype_name}"
-    )
+    token_bytes, signal = vocabulary.byte_lengths(tokenizer), 0
 
-    tokens_per_step = config.batch_size * config.train_length
-    asked, since, since_step = 0, time.perf_counter(), step
-    while step < config.max_steps and not asked:
-        # Forward and backward, micro-batch by micro-batch.
-        phase, (first, length) = [(i, p) for i, p in enumerate(config.phases) if p[0] <= step][-1]
-        # Shorter windows are more of them, and windows of several segments fewer.
-        rows, mine, at_once = (n * config.train_length // length for n in (config.batch_size, share, micro))
-        part = slice(device.rank * mine, (device.rank + 1) * mine)
-        inputs, targets = dataset.batch(length, rows, (config.seed, phase), step - first, part)
-        scored = device.sum(int((targets >= 0).sum()))[0] if dataset.masks else rows * length  # of all processes
-        torch.manual_seed(derive_seed(config.seed, step, device.rank))  # dropout
-        model.redraw(length, derive_seed(config.seed, step))
-        model.train()
-        loss = torch.zeros((), device=device.device)
-        micro_batches = list(zip(*(evaluate.batches(half, at_once) for half in (inputs, targets)), strict=True))
-        for index, (x, y) in enumerate(micro_batches):
-            x, y = device.send(x), device.send(y)
-            last = index == len(micro_batches) - 1
-            with forward.no_sync() if device.world > 1 and not last else nullcontext():
-                with device.autocast():
-                    losses = forward(x, y, segments=config.segments)
-                    part_loss = losses.sum() / scored  # a share of the mean over the whole step
-                # DDP averages gradients over the processes, where ours are parts of one sum.
-                scaler.scale(part_loss * device.world).backward()
-            loss += part_loss.detach()
-
-        # Update.
-        for updater in updaters:
-            scaler.unscale_(updater)
-            for group in updater.param_groups:
-                group["lr"] = config.learning_rate * learning_rate(config, step)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        if not scaler.is_enabled() or norm.isfinite():  # with float16 both optimisers step, or neither
-            for updater in updaters:
-                scaler.step(updater)
-        scaler.update()
-        for updater in updaters:
-            updater.zero_grad(set_to_none=True)
-        step += 1
+    since, since_step = time.perf_counter(), training.step
+    while training.step < config.max_steps and not signal:
+        loss, norm = one_step(training)
+        step = training.step
         log.bar.update()
 
-        # Measure, log, save.
-        asked = stop.asked()
-        done = step == config.max_steps
-        logs, saves = step % config.log_interval == 0, step % config.checkpoint_interval == 0 or done or asked
-        evaluates = step % config.eval_interval == 0 or done
-        if logs or saves or evaluates:
-            (mean,) = device.sum(loss.item())
-            # An infinite norm is no failure in float16: that step was left out, and the scale lowered.
-            if not math.isfinite(mean) or not (scaler.is_enabled() or norm.isfinite()):
-                log.bar.close()
-                kept = (
-                    f"the last good checkpoint is {out / runs.CKPT}" if (out / runs.CKPT).exists() else "none was saved"
-                )
-                raise UserError(f"loss {mean}, gradient norm {norm.item()} at step {step}; {kept}. {TRY}")
+        # Some steps are followed by a look at the loss, an evaluation, a checkpoint. All processes agree on which.
+        signal = stop.asked()
+        last = step == config.max_steps
+        logs, evaluates = step % config.log_interval == 0, step % config.eval_interval == 0 or last
+        saves = step % config.checkpoint_interval == 0 or last or signal
+        if logs or evaluates or saves:
+            (loss,) = place.sum(loss.item())
+            check_finite(training, loss, norm, log)
         if logs:
-            speed = (step - since_step) * tokens_per_step / (time.perf_counter() - since)
+            tell(training, log, loss, norm, step - since_step, time.perf_counter() - since)
             since, since_step = time.perf_counter(), step
-            rate = updaters[0].param_groups[0]["lr"]
-            log.write(step=step, loss=mean, learning_rate=rate, grad_norm=norm.item(), tokens_per_second=round(speed))
-            shown = {"loss": f"{mean:.3f}", "tok/s": f"{speed:,.0f}"}
-            if peak := device.peak:
-                shown["mfu"] = f"{speed * model.flops_per_token() / (peak * device.world):.0%}"
-            log.bar.set_postfix(shown, refresh=False)
         if evaluates:
             began = time.perf_counter()
-            model.eval()
-            val_loss, val_bpb = evaluate.validation_loss(model, windows, token_bytes, device, micro)
-            log.write(step=step, val_loss=val_loss, val_bpb=val_bpb)
-            log.say(f"step {step}: validation loss {val_loss:.4f}, {val_bpb:.4f} bits per byte")
-            if val_loss < best:
-                best = val_loss
-                save(runs.BEST)
-            since += time.perf_counter() - began
+            validate(training, log, windows, token_bytes, micro_batch)
+            since += time.perf_counter() - began  # the speed is that of training alone
         if saves:
-            optimizer_states = [updater.state_dict() for updater in updaters]
-            save(runs.CKPT, optimizer=optimizer_states, scaler=scaler.state_dict(), best=best)
+            states = [optimizer.state_dict() for optimizer in training.optimizers]
+            save(training, runs.CKPT, optimizer=states, scaler=training.scaler.state_dict(), best=training.best)
     log.bar.close()
-    if asked:
-        log.say(f"stopped after step {step}, saved in {out}; the same command goes on from there")
-        return 128 + asked
+    if signal:
+        log.say(f"stopped after step {training.step}, saved in {config.out_dir}; the same command goes on from there")
+        return 128 + signal
     if finished:
-        log.say(f"{out} is finished ({step} steps); for more of them raise --max_steps")
+        log.say(f"{config.out_dir} is finished ({training.step} steps); for more of them raise --max_steps")
     stop.end()
-    close(model, config, dataset, device, log, step)
+    close(training, log)
     return 0
 
 
-def close(model, config, dataset, device, log, step):
+def prepare(training, log):
+    """Whatever comes once before the first step: the run's config.json, the tokenizer of a published model beside it,
+    deterministic kernels, compiling, DDP."""
+    config, place, dataset = training.config, training.place, training.dataset
+    if place.main:
+        runs.bring_tokenizer(config, config.out_dir)
+        runs.write_json(Path(config.out_dir) / "config.json", runs.plain(config))
+    # Deterministic kernels, so that a resumed run is bitwise the same. Filling memory that is about to be overwritten,
+    # which comes with them, would only cost time.
+    torch.use_deterministic_algorithms(place.device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    training.forward, why_not = places.compiled(training.model, config.compile, place)
+    if why_not:
+        log.say(why_not)
+    if place.world > 1:
+        ids = [place.device] if place.device.type == "cuda" else None
+        training.forward = DistributedDataParallel(training.forward, device_ids=ids)
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    log.say(
+        f"{config.out_dir}: {parameters / 1e6:.2f} M parameters, {config.posenc}, {dataset.size} training tokens "
+        f"({config.dataset}, {config.tokenizer}), {place.world} x {place.hardware}, {place.dtype_name}"
+    )
+
+
+def check_finite(training, loss, norm, log):
+    """UserError where the loss or the gradient is no number any more, so that no such weights are ever saved. An
+    infinite norm is no failure in float16: that step was left out."""
+    if math.isfinite(loss) and (training.scaler.is_enabled() or norm.isfinite()):
+        return
+    log.bar.close()
+    latest = Path(training.config.out_dir) / runs.CKPT
+    kept = f"the last good checkpoint is {latest}" if latest.exists() else "none was saved"
+    way_out = "Try a lower --learning_rate, or --dtype=float32, with another --out_dir"
+    raise UserError(f"loss {loss}, gradient norm {norm.item()} at step {training.step}; {kept}. {way_out}")
+
+
+def tell(training, log, loss, norm, steps, seconds):
+    """A line of metrics.jsonl, and the numbers beside the progress bar, after so many steps in so many seconds."""
+    config, place, rate = training.config, training.place, training.optimizers[0].param_groups[0]["lr"]
+    speed = steps * config.batch_size * config.train_length / seconds  # tokens per second
+    log.write(step=training.step, loss=loss, learning_rate=rate, grad_norm=norm.item(), tokens_per_second=round(speed))
+    shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
+    if place.peak:
+        shown["mfu"] = f"{speed * training.model.flops_per_token() / (place.peak * place.world):.0%}"
+    log.bar.set_postfix(shown, refresh=False)
+
+
+def validate(training, log, windows, token_bytes, rows):
+    """Measure the loss of `windows`, `rows` at a time, and keep the weights if it is the lowest so far."""
+    training.model.eval()
+    val_loss, val_bpb = validation_loss(training.model, windows, token_bytes, training.place, rows)
+    log.write(step=training.step, val_loss=val_loss, val_bpb=val_bpb)
+    log.say(f"step {training.step}: validation loss {val_loss:.4f}, {val_bpb:.4f} bits per byte")
+    if val_loss < training.best:
+        training.best = val_loss
+        save(training, runs.BEST)
+
+
+def save(training, name, **more):
+    """Write a checkpoint of that name into the run's folder."""
+    if training.place.main:
+        known = {key: training.dataset.meta[key] for key in ("tokenizer_fingerprint", "data_checksum")}
+        config = runs.plain(training.config)
+        state = {"model": training.model.state_dict(), "step": training.step, "config": config}
+        runs.save(training.config.out_dir, name, state | known | more)
+
+
+def close(training, log):
     """The end of a run: loss against context, the pictures, and the command to type next."""
+    import evaluate  # which draws on the laboratory, and is needed here alone
+
+    config, place, model, dataset = training.config, training.place, training.model, training.dataset
     out = Path(config.out_dir)
-    if config.length_targets and runs.read_json(out / "length.json").get("step") != step:
+    if config.length_targets and runs.read_json(out / "length.json").get("step") != training.step:
         model.eval()
-        result = evaluate.summary(model, dataset, device, config.length_targets)
-        if device.main:
-            made = {"step": step, "seed": config.seed} | report.provenance(device)
+        result = evaluate.summary(model, dataset, place, config.length_targets)
+        if place.main:
+            made = {"step": training.step, "seed": config.seed} | report.provenance(place)
             runs.write_json(out / "length.json", result | made)
             evaluate.pictures(out, {out.name: result})
             log.say("\n".join(evaluate.table({out.name: result})))
-    if device.main:
+    if place.main:
         log.draw()
-        prompt, tokens = "", max(1, min(8 * config.train_length, model.max_length - 8))
-        more = f" --window={config.train_length}" if config.segments > 1 else ""  # it learned to have so much behind it
-        if config.dataset == "python":
-            prompt = "def "
-        if dataset.masks:
-            (prompt, tokens), more = dataset.prompt(config.train_length), " --temperature=0 --stop"
-        prompt = f' --prompt="{prompt}"' if prompt else ""
-        log.say(f"next: python sample.py {out}{prompt} --tokens={tokens}{more}")
+        log.say(f"next: {next_command(config, model, dataset)}")
+
+
+def next_command(config, model, dataset):
+    """The command that shows what the run has learned."""
+    if dataset.masks:
+        prompt, tokens = dataset.prompt(config.train_length)
+        more = " --temperature=0 --stop"
+    else:
+        prompt = "def " if config.dataset == "python" else ""
+        tokens = max(1, min(8 * config.train_length, model.max_length - 8))
+        # A run in segments learned to have so many tokens behind it.
+        more = f" --window={config.train_length}" if config.segments > 1 else ""
+    prompt = f' --prompt="{prompt}"' if prompt else ""
+    return f"python sample.py {config.out_dir}{prompt} --tokens={tokens}{more}"
 
 
 def main(argv):
-    config = settle(*configs.parse(argv, Config))
-    device = places.choose(config.device, config.dtype)
+    config = runs.settle(*flags.parse(argv, Config))
+    place = places.choose(config.device, config.dtype)
     try:
-        status = train(config, device)
+        status = train(config, place)
     except RuntimeError as error:  # CUDA has a class for it, MPS and the CPU do not
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        now = config.micro_batch_size or config.batch_size // device.world
+        now = config.micro_batch_size or config.batch_size // place.world
         raise UserError(f"out of memory: lower --micro_batch_size (now {now}); gradients accumulate") from None
     if dist.is_initialized():  # not after an error: others would take our leaving for what went wrong
         dist.destroy_process_group()

@@ -1,1 +1,1 @@
-"""What the commands share: settings, run folders, where a run computes, attention and its cache, and reports."""
+"""What the commands share: encodings and attention, runs and settings. It knows neither the laboratory nor the hub."""

@@ -1,34 +1,61 @@
-"""Positional encodings, one class each, and the registry that makes each of them one flag.
+"""What a positional encoding is: the places where position can enter, and the language of the `posenc` flag.
 
 Attention by itself is a function of a set. Position can enter a transformer at a few places, and an encoding is a class
 that overrides the hooks it needs:
 
-    embed(pos)                                (T,) -> (T, C)    added to the token embeddings
-    ffn(pos, width)                           (T,) -> (T, width) added inside the feed-forward layer
-    rotate(q, k, q_pos, k_pos, length)        -> q, k           queries (B, H, T, D), keys (B, H_kv, S, D), transformed
-    distance_bias(n)                          (...) -> (H, ...) added to the logits, from the distance n = i - j alone
-    bias(q_pos, k_pos)                        -> (H, T, S)      the same where i and j themselves matter
-    logits(q, k, q_pos, k_pos, seen, **state) -> (B, H, T, S)   where the content matters too
-    values(weights, q_pos, k_pos)             -> (B, H, T, D)   added to what attention reads
+    embed(pos)               (T,) -> (T, C)           added to the token embeddings
+    ffn(pos, width)          (T,) -> (T, width)       added inside the feed-forward layer
+    rotate(pairs)            -> q, k                  queries and keys, transformed
+    distance_bias(n)         (...) -> (H, ...)        added to the logits, from the distance n = i - j alone
+    bias(i, j)               (T,), (S,) -> (H, T, S)  added to the logits where i and j themselves matter
+    logits(pairs)            -> (B, H, T, S)          all of the logits, where the content matters too
+    values(weights, pairs)   -> (B, H, T, D)          what attention reads with its weights
 
 Two rules prevent most bugs. Positions are explicit int64 tensors: nothing here derives a position from a shape, so a
 cache, a shifted window or a random position needs no special case. Angles, distances and biases are computed in float32
 (float64 when the model is) and cast last: bfloat16 cannot tell positions above 256 apart.
 
 i is a query's position, j a key's, n = i - j >= 0, D the width of a head, C of the model, H the number of heads, T the
-training length. To add an encoding, write one class below. Its name is then a value of the `posenc` flag, and the
-tests, the benchmark and the gallery find it by themselves.
+training length. To add an encoding, write one class into posenc.py or any file of zoo/. Its name is then a value of the
+`posenc` flag, and the tests, the benchmark and the gallery find it by themselves.
 """
 
 import ast
 import math
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.errors import nearest
 
 ENCODINGS = {}  # name -> class
+
+
+@dataclass
+class Pairs:
+    """T queries and the S keys that they may meet, in one layer."""
+
+    q: Tensor  # (B, H, T, D)
+    k: Tensor  # (B, H_kv, S, D); `logits` is given one for every head, (B, H, S, D)
+    v: Tensor  # (B, H_kv, S, D)
+    i: Tensor  # (T,) positions of the queries, as `Encoding.positions` gave them
+    j: Tensor  # (S,) positions of the keys
+    seen: Tensor | None = None  # (T, S) bool; None: every key up to the query's own
+    state: dict = field(default_factory=dict)  # name -> (B, H, S, any): what the encoding keeps for every key
+    own: dict = field(default_factory=dict)  # name -> (B, H, T, any): what it keeps for the queries' own tokens
+    length: int = 0  # tokens in sight, those to come included, for what is scaled to the context
+
+    def rows(self, begin, end):
+        """The Pairs of queries begin ... end - 1. Keys behind the last of them are left out, as nobody sees them."""
+        keys = slice(len(self.j) - len(self.i) + end)
+        return Pairs(
+            self.q[:, :, begin:end], self.k[:, :, keys], self.v[:, :, keys], self.i[begin:end], self.j[keys],
+            None if self.seen is None else self.seen[begin:end, keys],
+            {name: x[:, :, keys] for name, x in self.state.items()},
+            {name: x[:, :, begin:end] for name, x in self.own.items()},
+            self.length,
+        )  # fmt: skip
 
 
 class Encoding(nn.Module):
@@ -43,6 +70,7 @@ class Encoding(nn.Module):
     arguments = {}
     shared = False  # one instance serves all layers
     relative = False  # logits do not change when all positions shift by the same amount
+    positionless = False  # no hook reads a position: order enters through the causal mask or the content alone
     rotate_once = True  # a rotated key stays true as the context grows, so the cache holds it rotated
     chunk = math.inf  # queries whose logits a CPU does well to compute at once: few, where each costs much
     max_length = math.inf  # positions that exist are 0 ... max_length - 1
@@ -52,13 +80,15 @@ class Encoding(nn.Module):
     stretches = ()  # values of the flag to try on a finished run of this encoding, at test time
 
     def __init_subclass__(cls):
-        cls.embeds = cls.embed is not Encoding.embed
-        cls.biases = cls.bias is not Encoding.bias or cls.distance_bias is not Encoding.distance_bias
-        cls.folds = cls.fold is not Encoding.fold
-        cls.keeps = cls.state is not Encoding.state
-        # A table of distances holds the bias, and those are distances between tokens.
-        cls.by_distance = cls.distance_bias is not Encoding.distance_bias and cls.positions is Encoding.positions
-        cls.writes_out = cls.logits is not Encoding.logits or cls.values is not Encoding.values  # no fused kernel
+        def overrides(hook):
+            return getattr(cls, hook) is not getattr(Encoding, hook)
+
+        cls.embeds = overrides("embed")
+        cls.keeps = overrides("state")
+        cls.biases = overrides("bias") or overrides("distance_bias")
+        # A table of distances holds the bias where those are distances between tokens.
+        cls.by_distance = overrides("distance_bias") and not overrides("positions")
+        cls.writes_out = overrides("logits") or overrides("values")  # no fused kernel computes it
         if cls.name:
             ENCODINGS[cls.name] = cls
 
@@ -67,15 +97,15 @@ class Encoding(nn.Module):
         self.sizes = dict(
             n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, train_length=train_length, layer=layer
         )
-        self.kept = {}  # see `once`
+        self.kept = {}  # what `once` computed
         for key, value in (self.sizes | self.checked(arguments)).items():
             setattr(self, key, value)
         self.setup()
 
     @classmethod
-    def checked(cls, given):
+    def checked(cls, arguments):
         """The arguments, defaults filled in. ValueError names an unknown one, or a value that is not allowed."""
-        for key, value in given.items():
+        for key, value in arguments.items():
             if key not in cls.arguments:
                 known = nearest(key, cls.arguments) if cls.arguments else "it takes no arguments"
                 raise ValueError(f"{cls.name} has no argument '{key}'; {known}")
@@ -88,13 +118,13 @@ class Encoding(nn.Module):
             elif isinstance(value, int | float) and not abs(value) < 1e30:
                 raise ValueError(f"{cls.name}({key}=...): numbers go to 1e30")
         defaults = {key: value[0] if isinstance(value, tuple) else value for key, value in cls.arguments.items()}
-        return defaults | given
+        return defaults | arguments
 
     def setup(self):
         """Create parameters and check arguments (ValueError)."""
 
     def init_parameter(self, name, parameter, generator):
-        """Draw the parameter called `name`, in place. Here: matrices of linear layers from N(0, 1 / inputs), all else
+        """Draw the parameter called `name`, in place. Here: matrices of linear layers from N(0, 1 / inputs), all others
         zeros."""
         parameter.zero_()
         if parameter.dim() == 2 and name.endswith(".weight"):
@@ -103,8 +133,10 @@ class Encoding(nn.Module):
     def redraw(self, length, generator, device):
         """Called before every training step with the length of its windows: the place for random positions."""
 
+    # The hooks.
+
     def positions(self, pos, length):
-        """Indices of tokens (T,) -> the positions that the hooks are given, in a context of `length` tokens."""
+        """Indices of tokens (T,) -> the positions that the other hooks are given, in a context of `length` tokens."""
         return pos
 
     def embed(self, pos):
@@ -115,39 +147,36 @@ class Encoding(nn.Module):
         """pos (T,) -> (T, width) added before the activation of the feed-forward layer of that width, or None."""
         return None
 
-    def rotate(self, q, k, q_pos, k_pos, length):
-        """q (B, H, T, D), k (B, H_kv, S, D), q_pos (T,), k_pos (S,) -> q, k of the same shapes and dtypes.
-
-        length: tokens in the whole context, including those to come, for what is scaled to it."""
-        return q, k
+    def rotate(self, pairs):
+        """Pairs -> its q and k, transformed. The keys are those of this call alone if `rotate_once`, else all keys of
+        the cache."""
+        return pairs.q, pairs.k
 
     def distance_bias(self, n):
         """n >= 0, int64 of any shape -> (H, *n.shape), added to the logits after their division by sqrt(D). Whoever
         overrides it promises that `bias` is nothing else: on a GPU a kernel may read it from a table."""
 
-    def bias(self, q_pos, k_pos):
-        """q_pos (T,), k_pos (S,) -> (H, T, S) added to the logits. The causal mask is not its business."""
-        return self.distance_bias(distances(q_pos, k_pos))
-
-    def fold(self, q, k, k_pos):
-        """Wider q and k, in half precision, whose products hold the bias but for a part that all keys of a query share,
-        which softmax cancels: so the fused kernel computes it. Only for whoever `folds`."""
+    def bias(self, i, j):
+        """i (T,), j (S,) -> (H, T, S) added to the logits. The causal mask is not its business."""
+        return self.distance_bias(distances(i, j))
 
     def state(self, x, last):
-        """The layer's input x (B, T, C) -> {name: (B, H, T, any)} to keep for every token, as its key is kept, and to
-        give to `logits`. last: the same of the token before, or {}."""
+        """The layer's input x (B, T, C) -> {name: (B, H, T, any)} to keep for every token, as its key is kept.
+        last: what was kept for the token before, or {}."""
         return {}
 
-    def logits(self, q, k, q_pos, k_pos, seen, **state):
-        """q (B, H, T, D), k (B, H, S, D), both as `rotate` left them, seen (T, S) bool, state (B, H, S, any) ->
-        (B, H, T, S). The queries are the last T of the keys' tokens, but for unused keys of a fixed cache, which lie
-        behind them and are not seen. Whoever overrides it gives up the fused kernel."""
-        logits = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-        return logits + self.bias(q_pos, k_pos).masked_fill(~seen, -math.inf) if self.biases else logits
+    def logits(self, pairs):
+        """Pairs, as `rotate` left them, with `seen` made and a key for every head -> (B, H, T, S). Whoever overrides it
+        gives up the fused kernel. Unused keys of a fixed cache lie behind the queries and are not seen."""
+        logits = (pairs.q * self.head_dim**-0.5) @ pairs.k.transpose(-2, -1)
+        if not self.biases:
+            return logits
+        return logits + self.bias(pairs.i, pairs.j).masked_fill(~pairs.seen, -math.inf)
 
-    def values(self, weights, q_pos, k_pos):
-        """weights of attention (B, H, T, S) -> (B, H, T, D) added to their mean of the values, or None."""
-        return None
+    def values(self, weights, pairs):
+        """What attention reads: its weights (B, H, T, S) times the values, with a value for every head -> (B, H, T, D).
+        Whoever overrides it gives up the fused kernel."""
+        return weights @ pairs.v
 
     def require(self, condition, message):
         if not condition:
@@ -160,12 +189,12 @@ class Encoding(nn.Module):
             return compute()
         mark = (torch.is_inference_mode_enabled(), *(id(part) if torch.is_tensor(part) else part for part in key))
         if mark not in self.kept:
-            self.kept = dict(list(self.kept.items())[-3:])
-            self.kept[mark] = key, compute()  # the key too, or another tensor could get its id
+            self.kept = dict(list(self.kept.items())[-3:])  # the latest few
+            self.kept[mark] = key, compute()  # holding the key keeps its tensors alive, and their ids theirs
         return self.kept[mark][1]
 
     def once_per_weights(self, key, compute):
-        """The same for what depends on the parameters: computed anew where gradients flow, and after training."""
+        """compute(), kept as `once` keeps it until a parameter changes; computed anew wherever gradients flow."""
         if torch.is_grad_enabled():
             return compute()
         return self.once((*key, *((p.data_ptr(), p._version) for p in self.parameters())), compute)
@@ -186,9 +215,9 @@ class Encoding(nn.Module):
         return super()._apply(keep, recurse)
 
 
-def distances(q_pos, k_pos):
-    """(T,), (S,) -> n = i - j (T, S); 0 for keys that come later, which nobody sees."""
-    return (q_pos[:, None] - k_pos).clamp(min=0)
+def distances(i, j):
+    """Positions of queries (T,) and keys (S,) -> n = i - j (T, S); 0 for keys that come later, which nobody sees."""
+    return (i[:, None] - j).clamp(min=0)
 
 
 def along_heads(x, n):
@@ -244,15 +273,15 @@ def build(spec, n_layer, **sizes):
     parsed = [parse(text) for text in ([spec] if isinstance(spec, str) else spec)]
     if not parsed:
         raise ValueError("posenc is an empty list; name at least one encoding")
-    one, layers = {}, []  # the instances that serve several layers
+    latest, layers = {}, []
     for layer in range(max(n_layer, len(parsed))):
         cls, arguments = parsed[layer % len(parsed)]
         key = (cls, repr(arguments))
-        if key not in one or not one[key].shared:
-            one[key] = cls(**sizes, layer=layer, **arguments)
-        if len(parsed) > 1 and one[key].embeds:
+        if key not in latest or not latest[key].shared:
+            latest[key] = cls(**sizes, layer=layer, **arguments)
+        if len(parsed) > 1 and latest[key].embeds:
             raise ValueError(f"{cls.name} acts before the first layer, so it cannot stand in a list over the layers")
-        layers.append(one[key])
+        layers.append(latest[key])
     return layers[:n_layer]
 
 

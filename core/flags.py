@@ -176,11 +176,11 @@ def spelled_out(argv, cls):
 
 def parse(argv, cls):
     """Command line -> (names of the config files, {key: value}): files merge left to right, flags come last."""
-    files, given = flags(argv, cls)
+    files, from_flags = flags(argv, cls)
     settings = {}
     for file in files:
         settings |= read(file, cls)
-    return [Path(file).stem for file in files], settings | given
+    return [Path(file).stem for file in files], settings | from_flags
 
 
 def make(cls, settings):

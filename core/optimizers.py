@@ -1,4 +1,6 @@
-"""AdamW and Muon, and which parameters each of them gets."""
+"""AdamW and Muon, which parameters each of them gets, and the learning rate of every step."""
+
+import math
 
 import torch
 
@@ -60,3 +62,15 @@ def make(model, config, device):
     # bfloat16 is enough where the hardware multiplies it, and a hundred times slower where it does not.
     dtype = torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32
     return [torch.optim.AdamW([rest], **adamw), Muon(matrices, rate, decay, config.momentum, dtype)]
+
+
+def learning_rate(config, step):
+    """The learning rate of a step, as a share of its peak: up, then level and down (wsd), or up and along a cosine."""
+    share = (step + 0.5) / config.max_steps
+    if share < config.warmup:
+        return share / config.warmup
+    if config.schedule == "cosine":
+        fall = 0.5 + 0.5 * math.cos(math.pi * (share - config.warmup) / (1 - config.warmup))
+    else:
+        fall = min(1.0, (1 - share) / config.decay) if config.decay else 1.0
+    return config.final_lr + (1 - config.final_lr) * fall

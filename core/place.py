@@ -119,7 +119,8 @@ def choose(device="auto", dtype="auto", inference=False):
     if world > 1 and not dist.is_initialized():
         patience = datetime.timedelta(hours=3)  # while one process prepares a large corpus
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=patience, device_id=device if on_cuda else None)
-    return Place(device, DTYPES.get(dtype) or best_dtype(device, inference), rank, world, local_rank)
+    dtype = best_dtype(device, inference) if dtype == "auto" else DTYPES[dtype]
+    return Place(device, dtype, rank, world, local_rank)
 
 
 def find_device(name, world, local_rank):

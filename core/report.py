@@ -20,8 +20,8 @@ def slug(text):
 
 
 def lines(path, series, x_label, y_label, *, log_x=False, log_y=False, mark_x=None, dpi=150):
-    """series {name: (xs, ys)}, or (xs, ys, lows, highs) for a band around the line -> a PNG at `path`. mark_x draws a
-    dashed vertical line, at the training length say."""
+    """A PNG at `path` of a line for each of the series, {name: (xs, ys)}, or (xs, ys, lows, highs) for a band around
+    the line. mark_x: where to draw a dashed vertical line, at the training length say."""
 
     def draw(figure, axes):
         for index, (name, (xs, ys, *band)) in enumerate(series.items()):
@@ -48,8 +48,9 @@ def lines(path, series, x_label, y_label, *, log_x=False, log_y=False, mark_x=No
 def heat(
     path, rows, x_label, y_label, *, scale=1.0, mark_x=None, dpi=150, span=(-2, 2), colours="RdBu", ticks=({}, {})
 ):
-    """rows (N, M) -> a PNG at `path` of M columns, which lie `scale` apart; NaN is left white. span: the values at the
-    ends of the colours, None for the least or largest of all. ticks: {place: label} along x and y, {} for the usual."""
+    """A PNG at `path` of the numbers `rows` (N, M) as colours, columns `scale` apart, with NaN left white. span: the
+    values at the ends of the colours, None for the least or largest of all. ticks: {position: label} along x and y, {}
+    for the usual ones."""
 
     def draw(figure, axes):
         extent = (0, rows.shape[1] * scale, rows.shape[0], 0)
@@ -84,7 +85,7 @@ def save(path, draw, x_label, y_label, mark_x, dpi, size=(7, 4)):
 
 
 def markdown(heads, rows):
-    """Cells of text -> the lines of a Markdown table."""
+    """Heads (N,) and rows of N cells, all of them text -> the lines of a Markdown table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
     return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
 

@@ -20,7 +20,7 @@ from core.errors import UserError, nearest
 from core.flags import make
 from core.settings import Config
 from data import vocabulary
-from model import GPT
+from model import GPT, GPTConfig
 
 PUBLISHED = "hf:"  # what a published model's name begins with
 CKPT, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "best.pt"
@@ -225,6 +225,57 @@ def load_weights(model, state, fresh=False, share=False):
     model.load_state_dict(weights, assign=share)
     if model.config.tie_embeddings:
         model.head.weight = model.token.weight  # Assigning took the tied weights apart.
+
+
+# Starting a run, or going on with it.
+
+# These settings may differ when a run goes on; any other would make it another run.
+MAY_CHANGE = {
+    "max_steps", "eval_interval", "log_interval", "checkpoint_interval", "device", "compile", "micro_batch_size",
+    "out_dir", "data_dir", "length_targets",
+}  # fmt: skip
+
+
+def settle(names, settings):
+    """Names of the config files and {key: value} -> the whole Config. `init_from` lends it model settings."""
+    inherited = {}
+    if settings.get("init_from"):
+        base = load(settings["init_from"])["config"]
+        keys = [field.name for field in fields(GPTConfig)] + ["tokenizer"]
+        inherited = {key: base[key] for key in keys if key in base}
+        settings["posenc"] = merge_posenc(base["posenc"], settings.get("posenc", ""))
+        # What an encoding learned, and what stretches it, stays relative to the length it was trained at.
+        kept = posenc.derives(settings["posenc"], base["posenc"])
+        inherited["original_length"] = (base["original_length"] or base["train_length"]) if kept else 0
+    config = make(Config, inherited | settings)
+    if not config.out_dir:
+        spec = config.posenc if isinstance(config.posenc, str) else "-".join(config.posenc)
+        config.out_dir = "out/" + ("-".join(names) or spec.partition("(")[0])
+    return config
+
+
+def resume(config, dataset, tokenizer):
+    """The state that the run of this Config goes on from, or None where it is new. UserError if it is another run's."""
+    out = Path(config.out_dir)
+    if not any((out / name).exists() for name in (CKPT, PREVIOUS)):
+        return None
+    state = load(out)
+    old, new = plain(config_of(state)), plain(config)
+    changed = [key for key in new if key not in MAY_CHANGE and old[key] != new[key]]
+    if changed:
+        differ = [f"{key} was {old[key]!r} and is now {new[key]!r}" for key in changed]
+        way_out = "Start another with --out_dir, or set them back"
+        raise UserError(f"{out} holds a run with other settings: {', '.join(differ)}. {way_out}")
+    if "optimizer" not in state:
+        why = "it holds no optimiser state (best.pt does not); use --init_from"
+        raise UserError(f"{find(out)} cannot go on: {why}")
+    check_tokenizer(tokenizer, state)
+    if state["data_checksum"] != dataset.meta["data_checksum"]:
+        raise UserError(f"the corpus of {out} has changed since it began ({dataset.folder}); start anew with --out_dir")
+    return state
+
+
+# Opening a finished run.
 
 
 @dataclass

@@ -18,7 +18,7 @@ class Config(GPTConfig):
 
     usage: ClassVar[str] = "python train.py [configs/FILE.py ...] [--key=value ...]"
 
-    # what it learns from
+    # The text that it learns from.
     dataset: Dataset = "python"  # the corpus ('text' is your own, named with --text), or a task of data/tasks.py
     text: str | list = ""  # your file or folder, for dataset = "text"; several: --text='["a.txt", "b/"]'
     packages: bool = False  # python data set: also the source of site-packages
@@ -26,31 +26,31 @@ class Config(GPTConfig):
     tokenizer: str = "bytes"  # bytes, bpe (4,096 tokens, shipped), a tiktoken name such as gpt2, or a .tiktoken file
     data_dir: str = "data"  # token files go to its tokens/, downloads to its raw/
     seed: int = 1337  # of initial weights, batches and dropout
-    # how
+    # The steps in which it learns.
     max_steps: int = 700  # optimiser steps
     batch_size: int = 32  # sequences of train_length in a step, over all processes
     micro_batch_size: int = 0  # sequences a process computes at once (gradients accumulate); 0 means its whole share
     length_schedule: dict = field(default_factory=dict)  # {share of the run: length}, at constant tokens a step
     segments: int = 1  # windows of so many times T, read T by T over a memory of the T tokens before (Transformer-XL)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon is for the blocks' matrices, with adamw for all else
-    learning_rate: float = 6e-3  # peak; muon's updates are scaled to adamw's size
+    learning_rate: float = 6e-3  # at its peak; muon's updates are scaled to adamw's size
     weight_decay: float = 0.1  # on matrices; positions, embeddings, norms and biases are left alone
     beta1: float = 0.9  # adamw's momentum
     beta2: float = 0.95  # adamw's decay of squared gradients
-    momentum: float = 0.95  # muon's
+    momentum: float = 0.95  # muon's momentum
     grad_clip: float = 1.0  # largest norm of the gradient; 0 leaves it alone
     schedule: Literal["wsd", "cosine"] = "wsd"  # warmup, stable, decay; or warmup and a cosine
     warmup: float = 0.02  # share of the run in which the learning rate rises
-    decay: float = 0.4  # share of the run in which wsd's falls
-    final_lr: float = 0.0  # share of the peak at the end
+    decay: float = 0.4  # share of the run in which the learning rate of wsd falls
+    final_lr: float = 0.0  # learning rate at the end, as a share of its peak
     init_from: str = ""  # a run to take weights and model settings from, with another posenc or length perhaps
-    # measuring
+    # Measuring and saving.
     eval_interval: int = 100  # steps between evaluations
     eval_tokens: int = 32768  # validation tokens an evaluation reads, the same ones each time
     log_interval: int = 10  # steps between lines of metrics.jsonl
     checkpoint_interval: int = 100  # steps between checkpoints
     length_targets: int = 128  # windows behind the closing table of loss against length; 0 leaves the table out
-    # where
+    # Where it computes and writes.
     out_dir: str = ""  # the run's folder; by default out/ and the config names joined by '-'
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"  # of products; auto is bfloat16 where the hardware has it, float16 on older CUDA, or float32

@@ -75,7 +75,7 @@ def open_dataset(config, tokenizer):
     if config.dataset in tasks.TASKS:
         return tasks.Task(config, tokenizer)
     source, fingerprint = SOURCES[config.dataset], vocabulary.fingerprint(tokenizer)
-    # What stands around documents is a published model's own, though others share its vocabulary.
+    # Published models that share a vocabulary differ in the tokens that stand around a document.
     around = [(tokenizer.begin, tokenizer.eot_token)] if hasattr(tokenizer, "begin") else []
     key = hashlib.sha256(repr((FORMAT, source.signature(config), fingerprint, *around)).encode()).hexdigest()[:8]
     folder = Path(config.data_dir) / "tokens" / f"{config.dataset}-{Path(config.tokenizer).stem}-{key}"

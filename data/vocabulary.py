@@ -47,7 +47,7 @@ def load(name):
         )
     try:
         return tiktoken.get_encoding(name)
-    except Exception as error:  # of requests, of the file system, of a checksum: tiktoken passes on what it met
+    except Exception as error:  # tiktoken passes on what it met: of requests, of the file system, of a checksum
         url = getattr(getattr(error, "request", None), "url", None)
         folder = os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir()) / "data-gym-cache")
         place = f"get {url} elsewhere and put it at {folder}/{hashlib.sha1(url.encode()).hexdigest()}" if url else error
@@ -68,7 +68,7 @@ def make(name, pattern, ranks):
 
 
 def begin(tokenizer):
-    """The ids that a text starts with: none, but in some published models."""
+    """The ids that every text starts with: none, but in some published models."""
     return getattr(tokenizer, "begin", [])
 
 

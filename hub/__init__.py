@@ -1,1 +1,1 @@
-"""Published models in and out: hf:NAME becomes a run, and a run becomes a Hugging Face folder."""
+"""Published models: Hugging Face folders as runs of ours, and runs of ours as such folders."""

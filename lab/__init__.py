@@ -1,1 +1,1 @@
-"""TODO."""
+"""The laboratory: it measures and draws what training alone does not need."""

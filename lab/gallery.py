@@ -1,7 +1,7 @@
 """One picture and one page of measured facts for every encoding: docs/encodings/ and docs/encodings.md.
 
-    python gallery.py                          # the default model
-    python gallery.py --only='["rope", "alibi"]' --docs=out/docs
+    python -m lab.gallery                          # the default model
+    python -m lab.gallery --only='["rope", "alibi"]' --docs=out/docs
 
 Trains what has no finished run yet (all of them with the same data and initial weights; about two CPU minutes each),
 measures the loss from T to 16 T, and the speed of all encodings in turn. Each picture shows what the trained encoding
@@ -10,27 +10,27 @@ does to the logits of a query at 4 T, over keys that differ in nothing but posit
 
 import core.start  # noqa: F401  # isort: skip
 
+import functools
 import inspect
-import subprocess
-import sys
-from dataclasses import dataclass, fields
+import shlex
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from tqdm import tqdm
 
 import data
-import evaluate
 import posenc
 from core import flags as configs
 from core import place as places
 from core import report, runs
-from core.errors import UserError, run
+from core.encoding import Pairs
+from core.errors import require, run
 from core.settings import Config
-from data import vocabulary
-from lab.bench import timing as bench
-from lab.bench.timing import LONG, Bench
+from data import tasks, vocabulary
+from lab import tables
+from lab.bench import timing
+from lab.workers import Workers, trained
 from posenc import ENCODINGS
 
 MULTIPLES = (1, 2, 4, 8, 16)  # of the training length
@@ -40,34 +40,66 @@ DPI = 75
 
 
 @dataclass
-class Gallery(Bench):
-    """A Config, how to measure speed, and where everything goes."""
+class Gallery(Config):
+    """A Config, how losses and speeds are measured, and where everything goes."""
 
-    usage: ClassVar[str] = "python gallery.py [configs/FILE.py ...] [--key=value ...]"
+    usage: ClassVar[str] = "python -m lab.gallery [configs/FILE.py ...] [--key=value ...]"
 
+    only: str | list = ""  # encodings to show beside none, a name or a list; by default all
+    rounds: int = 7  # times that every speed is taken
+    decode_tokens: int = 16  # tokens decoded in a round
+    targets: int = 64  # windows scored at every length
     runs_dir: str = "out/gallery"  # a folder for the runs, one each
     docs: str = "docs"  # encodings.md and encodings/ go here
-    targets: int = 64  # windows scored at every length
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("rounds", "decode_tokens", "targets"):
+            require(getattr(self, key) >= 1, f"--{key} must be at least 1, not {getattr(self, key)}")
+        require(self.dataset not in tasks.TASKS, f"the gallery reads text, and dataset={self.dataset} is a task")
 
 
-def train(spec, folder, argv):
-    """Train the encoding into the folder, or go on; nothing to do for a finished run."""
-    script = Path(__file__).parent.parent / "train.py"
-    command = [sys.executable, str(script), *argv, f"--posenc={spec}", f"--out_dir={folder}"]
-    if subprocess.run(command, check=False).returncode:
-        raise UserError(f"training {spec} failed; by itself: {' '.join(command[1:])}")
+def learn(specs, argv, place, options):
+    """Train every encoding and measure it, alone and with what stretches it laid over -> {spec: {spec laid over it:
+    record}}."""
+    files, named = configs.flags(argv, Gallery)
+    shared = {field.name for field in fields(Config)}
+    told = [*files, *(f"--{key}={value}" for key, value in named.items() if key in shared and key != "device")]
+    settings = {key: getattr(options, key) for key in shared}
+    dataset = data.open_dataset(options, vocabulary.load(options.tokenizer))
+    home, checksum = Path(options.runs_dir), dataset.meta["data_checksum"]
+    (home / "logs").mkdir(parents=True, exist_ok=True)
+    workers, jobs = Workers(0, place.device, home / "logs"), {}
+    lengths = [length for multiple in MULTIPLES if (length := multiple * options.train_length) < len(dataset.val)]
+    for spec in specs:
+        config = runs.settle([], settings | {"posenc": spec, "out_dir": str(home / report.slug(spec))})
+        laid_over = [f"--posenc={way}" for way in (spec, *stretches(spec))]
+        measured = f"--targets={options.targets}", f"--lengths={lengths}", *laid_over
+        jobs[spec] = functools.partial(trained, workers, config, [*told, f"--posenc={spec}"], checksum, *measured)
+    return workers.all(jobs)
 
 
-def losses(spec, folder, config, device, known):
-    """{multiple of T: nats per token} of the run in the folder with `spec` laid over its encoding, as far as it has
-    positions. `known` are those measured before, {spec: {"made": of which checkpoint and how, "loss": ...}}."""
-    made = f"{runs.find(folder).stat().st_mtime}, {config.targets} windows"
-    if known.get(spec, {}).get("made") != made:
-        opened = runs.open_run(folder, device.device, spec)
-        dataset = data.open_dataset(config, opened.tokenizer)
-        result = evaluate.length_loss(opened.model, dataset, device, config.targets, MULTIPLES)
-        known[spec] = {"made": made, "loss": dict(zip(map(str, MULTIPLES), result["loss"], strict=False))}
-    return known[spec]["loss"]
+def stretches(spec):
+    """Values of `posenc` to lay over a finished run of this one."""
+    return ENCODINGS[spec].stretches if spec in ENCODINGS else ()
+
+
+def speeds(specs, options, place):
+    """{spec: (training at T as a share of the speed of none, milliseconds for a token decoded at 16 T)}, the encodings
+    taking turns."""
+    T, count = options.train_length, options.decode_tokens
+    steps = {spec: timing.training_step(timing.variant(options, spec, T), place)[0] for spec in specs}
+    trained_in = timing.median_times(steps, options.rounds)
+    del steps
+    serving = places.choose(options.device, options.dtype, inference=True)
+    decoders = {
+        spec: timing.decoder(timing.variant(options, spec, T), serving, timing.LONG * T, count) for spec in specs
+    }
+    decoded_in = timing.median_times(decoders, options.rounds)
+    return {spec: (trained_in["none"] / trained_in[spec], decoded_in[spec] / count * 1e3) for spec in specs}
+
+
+# Pictures.
 
 
 @torch.no_grad()
@@ -79,9 +111,12 @@ def probe(encoding, length, count=64):
     same = torch.randn(count, 1, 1, encoding.head_dim, generator=generator).expand(-1, encoding.n_kv_head, -1, -1)
     x = torch.randn(count, 1, encoding.n_embd, generator=generator).expand(-1, length, -1)
     groups = encoding.n_head // encoding.n_kv_head
-    q, k = encoding.rotate(same.repeat_interleave(groups, 1), same.expand(-1, -1, length, -1), pos[-1:], pos, length)
+    keys, state = same.expand(-1, -1, length, -1), encoding.state(x, {})
+    own = {name: kept[:, :, -1:] for name, kept in state.items()}
     seen = torch.ones(1, length, dtype=torch.bool)
-    logits = encoding.logits(q, k.repeat_interleave(groups, 1), pos[-1:], pos, seen, **encoding.state(x, {}))
+    pairs = Pairs(same.repeat_interleave(groups, 1), keys, keys, pos[-1:], pos, seen, state, own, length)
+    q, k = encoding.rotate(pairs)
+    logits = encoding.logits(replace(pairs, q=q, k=k.repeat_interleave(groups, 1)))
     logits = logits[:, :, 0].mean(0).flip(-1)  # (H, length)
     return logits - logits[:, :1]
 
@@ -103,6 +138,9 @@ def picture(path, encoding, T):
     else:
         curves = {f"head {h}": (distance, row.tolist()) for h, row in enumerate(heads, start=1)}
     report.lines(path, curves, "distance / T", "change of the logit", mark_x=1, dpi=DPI)
+
+
+# The page.
 
 
 def page(config, pictures):
@@ -131,66 +169,39 @@ def page(config, pictures):
 
 
 def table(rows):
+    """[(name, parameters, (training, decoding) as `speeds` has them or (), record)] -> lines of the page's table."""
     heads = ["encoding", "parameters", "training speed / none", "decoding at 16 T, ms/token"]
-    lines = []
-    for name, row in rows.items():
-        loss = [f"{row['loss'][str(m)]:.3f}" if str(m) in row["loss"] else "no position" for m in MULTIPLES]
-        speed = [f"{row['speed']:.2f}", f"{row['decode'] * 1e3:.2f}"] if "speed" in row else ["", ""]
-        lines.append([name, f"{row['parameters']:,}", *speed, *loss])
-    return report.markdown([*heads, *(f"loss at {m} T" for m in MULTIPLES)], lines)
-
-
-def speeds(specs, config, device):
-    """{spec: (tokens/s of training at T, seconds for a token decoded at 16 T)}, the encodings taking turns."""
-    T = config.train_length
-    steps = {spec: bench.training_step(bench.variant(config, spec, T), device)[0] for spec in specs}
-    trained = bench.median_times(steps, config.rounds)
-    del steps
-    serving = places.choose(config.device, config.dtype, inference=True)
-    decoders = {
-        spec: bench.decoder(bench.variant(config, spec, T), serving, LONG * T, config.decode_tokens) for spec in specs
-    }
-    decoded = bench.median_times(decoders, config.rounds)
-    return {spec: (config.batch_size * T / trained[spec], decoded[spec] / config.decode_tokens) for spec in specs}
+    cells = []
+    for name, parameters, speed, record in rows:
+        labels = name, f"{parameters:,}", *([f"{number:.2f}" for number in speed] or ["", ""])
+        cells += [(labels, at, f"{nats:.3f}") for at, nats in tables.by_multiple(record, "loss").items()]
+    return tables.pivot(heads, cells, "loss at {:g} T")
 
 
 def main(argv):
-    files, given = configs.flags(argv, Gallery)
-    _, settings = configs.parse(argv, Gallery)
-    config = configs.make(Gallery, settings)
-    encoding = vocabulary.load(config.tokenizer)
-    config.vocab_size = config.vocab_size or encoding.n_vocab
-    names = bench.chosen(config.only)
-    own = {field.name for field in fields(Gallery)} - {field.name for field in fields(Config)}
-    passed = [*files, *(f"--{key}={value}" for key, value in given.items() if key not in own)]
-    device = places.choose(config.device, config.dtype)
-    home, docs = Path(config.runs_dir), Path(config.docs)
+    options = configs.make(Gallery, configs.parse(argv, Gallery)[1])
+    options.vocab_size = options.vocab_size or vocabulary.load(options.tokenizer).n_vocab
+    tested = {spec for cls in ENCODINGS.values() for spec in cls.stretches}
+    names = [name for name in timing.chosen(options.only) if name not in tested]
+    specs = [spec for name in names for spec in (name, *ENCODINGS[name].variants)]
+    place, docs = places.choose(options.device, options.dtype), Path(options.docs)
     (docs / "encodings").mkdir(parents=True, exist_ok=True)
 
-    tested = {spec for cls in ENCODINGS.values() for spec in cls.stretches}
-    trained = [spec for name in names if name not in tested for spec in (name, *ENCODINGS[name].variants)]
-    for spec in trained:
-        train(spec, home / report.slug(spec), passed)
-    known, rows, pictures = runs.read_json(home / "losses.json"), {}, {}
-    stretched = [(base, spec) for base in trained if base in ENCODINGS for spec in ENCODINGS[base].stretches]
-    for base, spec in tqdm([(spec, spec) for spec in trained] + stretched, "losses", disable=None, leave=False):
-        name = spec if base == spec else f"{base} → {spec}"
-        folder = home / report.slug(base)
-        rows[name] = {"loss": losses(spec, folder, config, device, known)}
-        runs.write_json(home / "losses.json", known)
-        model = runs.open_run(folder, "cpu", spec).model
-        rows[name]["parameters"] = sum(p.numel() for p in model.posenc.parameters())
+    records = learn(specs, argv, place, options)
+    measured, rows, pictures = speeds(specs, options, place), [], {}
+    pairs = [(spec, spec) for spec in specs] + [(base, spec) for base in specs for spec in stretches(base)]
+    for base, spec in pairs:
+        model = runs.open_run(Path(options.runs_dir) / report.slug(base), "cpu", spec).model
+        name, speed = (spec, measured[spec]) if base == spec else (f"{base} → {spec}", ())
+        rows.append((name, sum(p.numel() for p in model.posenc.parameters()), speed, records[base][spec]))
         pictures[spec] = f"encodings/{report.slug(spec)}.png"
-        picture(docs / pictures[spec], model.posenc[0], config.train_length)
-    measured = speeds(trained, config, device)
-    for spec in trained:
-        rows[spec]["speed"], rows[spec]["decode"] = measured[spec][0] / measured["none"][0], measured[spec][1]
+        picture(docs / pictures[spec], model.posenc[0], options.train_length)
     lines = table(rows)
     print("\n".join(lines))
-    runs.write_whole(docs / "encodings.md", "\n".join(page(config, pictures)) + "\n")
-    command = " ".join(["python gallery.py", *argv])
-    made = dict(seed=config.seed, dtype=device.dtype_name, windows=config.targets)
-    report.write_table(docs / "encodings.md", "encodings", lines, command, device, **made)
+    runs.write_whole(docs / "encodings.md", "\n".join(page(options, pictures)) + "\n")
+    command = shlex.join(["python", "-m", "lab.gallery", *argv])
+    made = dict(seed=options.seed, dtype=place.dtype_name, windows=options.targets)
+    report.write_table(docs / "encodings.md", "encodings", lines, command, place, **made)
 
 
 if __name__ == "__main__":

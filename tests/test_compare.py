@@ -1,4 +1,4 @@
-"""Comparisons: paired statistics by hand, and a real one that is killed and goes on."""
+"""Comparisons: what is trained and measured, what is taken as it is, and a real one that is killed and goes on."""
 
 import json
 import os
@@ -9,66 +9,88 @@ import time
 
 import pytest
 import torch
+from here import in_process  # noqa: F401
 from tiny import ENV, ROOT, TINY
 
-import compare
 from core import runs
 
-LENGTHS = [8, 16, 32]
 
-
-def result(*losses):
-    return {"train_length": 16, "lengths": LENGTHS[: len(losses)], "loss": list(losses), "windows": 4}
-
-
-def test_means_and_paired_differences():
-    results = {
-        "rope": [result(3.0, 1.0, 2.0), result(3.0, 2.0, 4.0), result(3.0, 3.0, 6.0)],
-        "learned": [result(3.0, 1.1), result(3.0, 2.4), result(3.0, 3.1)],
-    }
-    lines = compare.seeds_table(results, [7, 8, 9], "loss")
-    assert lines[0] == "| nats per token |  | 0.5 T | 1 T | 2 T |"
-    assert lines[2] == "| rope | mean | **3.000** | **2.000** | **4.000** |"
-    assert lines[5] == "| rope | seed 9 | 3.000 | 3.000 | 6.000 |"
-    # Differences .1, .4, .1: mean .2, standard deviation sqrt(.06 / 2), error that over sqrt(3).
-    assert lines[-1] == "| learned | less rope | +0.000 ± 0.000 | +0.200 ± 0.100 | no position |"
-    assert "±" not in compare.seeds_table({name: many[:1] for name, many in results.items()}, [7], "loss")[-1]
-    assert compare.with_error([0.25, 0.75], "{:.1%}") == "+50.0% ± 25.0%"
-    means = {name: compare.mean(many) for name, many in results.items()}
-    assert means["rope"] == result(3.0, 2.0, 4.0)
-    assert compare.ratio_table(means)[2:] == [
-        "| rope | 2.72 | 1.00 | 7.39 |",
-        "| learned | 2.23 | 1.00 | no position |",
-    ]
+def stamps(out):
+    """When each checkpoint and measurement in the folder of a comparison was written."""
+    return {path: path.stat().st_mtime_ns for path in out.glob("*/**/*") if path.suffix in (".pt", ".json")}
 
 
 @pytest.fixture
 def command(corpus, tmp_path):
     """The words of a comparison of rope and none, in tmp_path/out."""
-    settings = {key: value for key, value in TINY.items() if key not in ("max_steps", "length_targets", "device")}
-    settings |= {
-        "length_schedule": "{0.0:8,0.5:16}",
-        "text": corpus,
-        "data_dir": corpus.parent / "data",
-        "max_steps": 40,
-        "length_targets": 0,
-    }
+    own = {"length_schedule": "{0.0:8,0.5:16}", "max_steps": 12, "targets": 4, "seeds": 1}
+    where = {"text": corpus, "data_dir": corpus.parent / "data", "out_dir": tmp_path / "out", "docs": tmp_path}
     (tmp_path / "shared.py").write_text("checkpoint_interval = 2\n")
+    settings = {key: value for key, value in TINY.items() if key != "checkpoint_interval"} | own | where
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    flags += [
-        f"--common={tmp_path}/shared.py",
-        f"--docs={tmp_path}",
-        "--targets=4",
-        "--seeds=1",
-        "--jobs=2",
-        f"--out_dir={tmp_path}/out",
-    ]
-    return ["rope", "none", *flags, "--device=cpu"]
+    return ["rope", "none", f"--common={tmp_path}/shared.py", *flags]
 
 
-def test_a_killed_comparison_goes_on_where_it_was(command, tmp_path, run_script, call_script):
-    (tmp_path / "results.md").write_text("before\n<!-- out -->\n<!-- /out -->\nafter\n")
-    words, out = [sys.executable, str(ROOT / "compare.py"), *map(str, command)], tmp_path / "out"
+@pytest.fixture
+def page(tmp_path):
+    """A page with a place for the comparison in tmp_path/out."""
+    file = tmp_path / "results.md"
+    file.write_text("before\n<!-- out -->\n<!-- /out -->\nafter\n")
+    return file
+
+
+def check(out, page, steps):
+    """That a finished comparison of rope and none has left all there is to leave."""
+    saved = json.loads((out / "results.json").read_text())
+    assert {name: list(seeds) for name, seeds in saved["runs"].items()} == {"rope": ["1337"], "none": ["1337"]}
+    one = saved["runs"]["none"]["1337"]
+    assert one["train_length"] == 16
+    assert len(one["loss"]) == len(one["lengths"]) == len(one["sliding"]) == len(one["attention"]["entropy"]) == 9
+    assert "commit" in saved["made"]
+    text = (out / "results.md").read_text()
+    assert all(word in text for word in ("| none | less rope |", "seed 1337", "holds to", "Made by `python compare.py"))
+    assert page.read_text() == "before\n<!-- out -->\n" + text + "<!-- /out -->\nafter\n"
+    assert (page.parent / "out.png").read_bytes() == (out / "length.png").read_bytes()
+    for picture in ("length.png", "position.png", "attention.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert [torch.load(path, weights_only=True)["step"] for path in out.glob("*/ckpt.pt")] == [steps, steps]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_comparison_leaves_tables_and_is_not_made_twice(command, page, tmp_path, call_script):
+    out = tmp_path / "out"
+    done = call_script("compare.py", *command)
+    assert done.returncode == 0, done.stderr
+    check(out, page, 12)
+
+    # Once more: nothing is trained or measured again.
+    before = stamps(out)
+    assert call_script("compare.py", *command).returncode == 0
+    assert stamps(out) == before
+
+    # Measurements from before results.json had its name count as well, until the checkpoint is a newer one.
+    for folder in out.glob("*/reach"):
+        (folder / "results.json").rename(folder / "length.json")
+    before = stamps(out)
+    assert call_script("compare.py", *command).returncode == 0
+    assert stamps(out) == before
+    check(out, page, 12)
+    (out / "none-1337" / "ckpt.pt").touch()
+    assert call_script("compare.py", *command).returncode == 0
+    assert [path.parent.parent.name for path in out.glob("*/reach/results.json")] == ["none-1337"]
+
+    # Another setting is refused, and nothing is lost.
+    before = stamps(out)
+    other = call_script("compare.py", *command, "--batch_size=16")
+    assert (other.returncode, other.stderr.count("train.py: ")) == (2, 1)
+    assert "batch_size was 8 and is now 16" in other.stderr and "rope-1337.log" in other.stderr
+    assert stamps(out) == before
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_where_it_was(command, page, tmp_path, run_script):
+    command, out = [*command, "--max_steps=40", "--jobs=2"], tmp_path / "out"
+    words = [sys.executable, str(ROOT / "compare.py"), *map(str, command)]
     process = subprocess.Popen(words, env=ENV, start_new_session=True, stderr=subprocess.DEVNULL)
     while not list(out.glob("*/ckpt.pt")):
         assert process.poll() is None
@@ -76,62 +98,39 @@ def test_a_killed_comparison_goes_on_where_it_was(command, tmp_path, run_script,
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "results.json").exists()
-
     done = run_script("compare.py", *command)
     assert done.returncode == 0, done.stderr
-    saved = json.loads((out / "results.json").read_text())
-    assert {name: list(seeds) for name, seeds in saved["runs"].items()} == {"rope": ["1337"], "none": ["1337"]}
-    one = saved["runs"]["none"]["1337"]
-    assert one["train_length"] == 16
-    assert len(one["loss"]) == len(one["lengths"]) == len(one["sliding"]) == len(one["attention"]["entropy"]) == 9
-    assert "commit" in saved["made"]
-    page = (out / "results.md").read_text()
-    assert all(word in page for word in ("| none | less rope |", "seed 1337", "holds to", "Made by `python compare.py"))
-    assert (tmp_path / "results.md").read_text() == "before\n<!-- out -->\n" + page + "<!-- /out -->\nafter\n"
-    assert (tmp_path / "out.png").read_bytes() == (out / "length.png").read_bytes()
-    for picture in ("length.png", "position.png", "attention.png"):
-        assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    assert [torch.load(path, weights_only=True)["step"] for path in out.glob("*/ckpt.pt")] == [40, 40]
-
-    # Once more: nothing is trained or measured again. Another setting is refused, and nothing is lost.
-    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/**/*") if path.suffix in (".pt", ".json")}
-    assert call_script("compare.py", *command).returncode == 0
-    other = call_script("compare.py", *command, "--batch_size=16")
-    assert other.returncode == 2
-    assert "batch_size was 8 and is now 16" in other.stderr
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    check(out, page, 40)
 
 
-def test_stretched_runs_are_set_beside_what_they_came_from(trained, corpus, tmp_path, run_script):
-    (tmp_path / "extend.py").write_text(
-        f"init_from = '{trained}'\ntrain_length = 32\nmax_steps = 2\nlength_targets = 0\n"
-    )
-    flags = [
-        f"--common={tmp_path}/extend.py",
-        "--targets=2",
-        "--seeds=1",
-        "--jobs=2",
-        f"--out_dir={tmp_path}/out",
-        "--device=cpu",
-    ]
-    flags += [f"--text={corpus}", "--dataset=text", f"--data_dir={corpus.parent}/data", "--batch_size=4"]
-    done = run_script("compare.py", 'rope(scaling="linear", factor=2)', *flags)
-    assert done.returncode == 0, done.stderr
-    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+@pytest.mark.usefixtures("in_process")
+def test_stretched_runs_are_measured_as_what_they_came_from_is(trained, corpus, tmp_path, call_script):
     linear = 'rope(scaling="linear", factor=2)'
-    assert list(saved["untrained"]) == ["run as it is", "run under a window of T", f"{linear}, untrained"]
+    (tmp_path / "extend.py").write_text(f"init_from = '{trained}'\ntrain_length = 32\nmax_steps = 2\nbatch_size = 4\n")
+    flags = [f"--common={tmp_path}/extend.py", "--targets=2", "--seeds=1", "--out_dir=out", "--device=cpu"]
+    flags += [f"--text={corpus}", "--dataset=text", f"--data_dir={corpus.parent}/data"]
+    done = call_script("compare.py", linear, *flags)
+    assert done.returncode == 0, done.stderr
+    saved = runs.read_json(tmp_path / "out" / "results.json")
     assert saved["train_length"] == 16  # of the run they came from
-    losses = [one["loss"] for one in saved["untrained"].values()] + [saved["runs"][linear]["1337"]["loss"]]
-    assert len({round(one[5], 6) for one in losses}) == 4  # at 2 T all differ
-    assert losses[0][1] == pytest.approx(losses[1][1], abs=1e-6)  # the window does nothing at T
+    assert saved["runs"][linear]["1337"]["lengths"][:2] == [8, 16]
+
+    # The base itself: as it is, with encodings laid over, and under a window of T.
+    same = ["--targets=2", "--train_length=16", "--lengths=[16, 32]", "--device=cpu"]
+    ways = [f"--posenc={spec}" for spec in ("rope", linear, "none", "rope(base=80000.0)")]
+    assert call_script("evaluate.py", trained, *ways, *same, "--out_dir=untrained").returncode == 0
+    assert call_script("evaluate.py", trained, "--window=16", "--sinks=4", *same, "--out_dir=window").returncode == 0
+    losses = []
+    for folder in ("untrained", "window"):
+        losses += [record["loss"] for record in runs.read_json(tmp_path / folder / "results.json")["runs"].values()]
+    assert len({round(at_twice, 6) for _, at_twice in losses}) == 5
+    assert losses[0][0] == pytest.approx(losses[4][0], abs=1e-6)  # the window does nothing at T
+    for spec in ("kerple", "learned"):
+        done = call_script("evaluate.py", trained, f"--posenc={spec}", *same)
+        assert done.returncode == 2 and "has weights of its own" in done.stderr
 
 
-def test_untrained_are_encodings_without_weights_of_their_own(trained):
-    state = runs.load(trained)
-    over = {spec: compare.lies_over(state, spec) for spec in ("none", "rope(base=80000.0)", "kerple", "learned")}
-    assert over == {"none": True, "rope(base=80000.0)": True, "kerple": False, "learned": False}
-
-
+@pytest.mark.usefixtures("in_process")
 def test_results_of_other_steps_are_not_taken(corpus, tmp_path, call_script):
     settings = {**TINY, "text": corpus, "data_dir": corpus.parent / "data", "length_targets": 0, "out_dir": tmp_path}
     flags = [f"--{key}={value}" for key, value in settings.items()]
@@ -153,6 +152,7 @@ def test_mistakes_are_one_line(call_script, tmp_path, trained):
     (tmp_path / "long.py").write_text("train_length = 64\n")
     for words, said in (
         (["rope", f"--docs={tmp_path}", "--out_dir=out"], "has no place for the tables"),
+        (["rope", f"--docs={trained}", "--out_dir=out"], "has no results.md"),
         (["rope", f"{tmp_path}/long.py", "--dataset=copy"], "train_length must be the same"),
         (["rope", f"{tmp_path}/bpe.py"], "tokenizer is not the same in all of them"),
         ([], "which configs"),

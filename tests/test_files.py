@@ -6,7 +6,9 @@ import threading
 
 import pytest
 
-from core import files
+from core import files, runs
+from core.errors import UserError
+from core.settings import Config
 
 TEXT = "naïve 日本語 👍\n"
 
@@ -39,7 +41,7 @@ def test_an_exception_leaves_what_was_there(tmp_path, error):
 
 
 def test_text_is_utf8_wherever_it_is_written(tmp_path):
-    code = f"from core import files\nwith files.atomic({str(tmp_path / 'file')!r}) as file: file.write({ascii(TEXT)})"
+    code = f"from core import files\nwith files.atomic({str(tmp_path / 'file')!r}) as file: file.write({TEXT!a})"
     root = files.Path(files.__file__).parent.parent
     subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=root, env={"LC_ALL": "C"}, check=True)
     assert (tmp_path / "file").read_text(encoding="utf-8") == TEXT
@@ -65,3 +67,41 @@ def test_a_lock_lets_one_in_and_the_next_when_it_is_gone(tmp_path):
 def test_where_files_cannot_be_locked_nobody_is_kept_out(tmp_path, monkeypatch):
     monkeypatch.setattr(files.FileLock, "acquire", lambda self, **_: (_ for _ in ()).throw(OSError(37, "no locks")))
     assert files.lock(tmp_path / "lock") is not None and files.lock(tmp_path / "lock", wait=True) is not None
+
+
+def test_a_checkpoint_makes_way_only_for_a_whole_one(tmp_path, monkeypatch):
+    steps = lambda: {path.name: runs.load(path)["step"] for path in tmp_path.iterdir()}  # noqa: E731
+    state = {"model": {}, "config": {}, "step": 0}
+    for step in (1, 2, 3):
+        runs.save(tmp_path, runs.CKPT, state | {"step": step})
+    runs.save(tmp_path, runs.BEST, state | {"step": 2})
+    whole = {"ckpt.pt": 3, "ckpt_prev.pt": 2, "best.pt": 2}
+    assert steps() == whole
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for module, name in ((runs.torch, "save"), (files.os, "fsync")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(OSError, match="No space"):
+                runs.save(tmp_path, runs.CKPT, state | {"step": 4})
+        assert steps() == whole
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    good = {"model": {}, "config": {}, "step": 1}
+    for wrong, said in (
+        ([], "no checkpoint of ours"),
+        ({}, "no checkpoint of ours"),
+        ({**good, "step": None}, "no checkpoint of ours"),
+        ({**good, "config": []}, "no checkpoint of ours"),
+        ({**good, "config": {"n_layers": 1}}, "does not know: n_layers"),
+    ):
+        runs.torch.save(wrong, path)
+        with pytest.raises(UserError, match=said) as error:
+            runs.load(tmp_path)
+        assert str(path) in str(error.value)
+    runs.torch.save(good, path)
+    assert runs.config_of(runs.load(tmp_path)) == Config()  # settings that it is older than have their defaults

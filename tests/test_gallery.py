@@ -1,6 +1,8 @@
 """The gallery draws and measures what the encodings do."""
 
+import pytest
 import torch
+from here import in_process  # noqa: F401
 from tiny import TINY
 
 import posenc
@@ -34,21 +36,48 @@ def test_every_encoding_has_a_picture(tmp_path):
         assert (tmp_path / "one.png").stat().st_size > 5000
 
 
+@pytest.mark.usefixtures("in_process")
 def test_the_command_trains_measures_and_writes_the_page_and_goes_on_from_there(corpus, tmp_path, call_script):
     settings = TINY | {"text": corpus, "data_dir": corpus.parent / "data", "max_steps": 4, "rounds": 1, "targets": 2}
     flags = [f"--{key}={value}" for key, value in settings.items()] + ["--decode_tokens=2", "--only=learned"]
-    done = call_script("lab/gallery.py", *flags, f"--runs_dir={tmp_path}/runs", f"--docs={tmp_path}")
+    words = ["lab/gallery.py", *flags, f"--runs_dir={tmp_path}/runs", f"--docs={tmp_path}"]
+    done = call_script(*words)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "encodings.md").read_text()
-    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    assert rows[0] == [
+        "encoding", "parameters", "training speed / none", "decoding at 16 T, ms/token",
+        "loss at 1 T", "loss at 2 T", "loss at 4 T", "loss at 8 T", "loss at 16 T",
+    ]  # fmt: skip
     clamped = 'learned → learned(overflow="clamp")'
-    assert [row[0].strip() for row in rows[1:3]] == ["none", "learned"]
-    assert clamped in [row[0].strip() for row in rows]
-    assert [cell.strip() for cell in rows[2][5:]] == ["no position"] * 4
-    assert rows[2][1].strip() == str(16 * 32)
+    assert [row[0] for row in rows[1:3]] == ["none", "learned"]
+    assert clamped in [row[0] for row in rows]
+    assert rows[1][2] == "1.00"
+    assert rows[2][5:] == ["no position"] * 4
+    assert rows[2][1] == str(16 * 32)
+    assert rows[3][2:4] == ["", ""]  # nobody trained it
     for spec in ("none", "learned", "learned-overflow-clamp"):
         assert f"(encodings/{spec}.png)" in page
         assert (tmp_path / "encodings" / f"{spec}.png").exists()
-    stamps = {file: file.stat().st_mtime for file in tmp_path.glob("runs/*/ckpt.pt")}
-    call_script("lab/gallery.py", *flags, f"--runs_dir={tmp_path}/runs", f"--docs={tmp_path}")
-    assert stamps == {file: file.stat().st_mtime for file in tmp_path.glob("runs/*/ckpt.pt")}
+    assert "Made by `python -m lab.gallery --" in page
+
+    def written():
+        files = [*tmp_path.glob("runs/*/ckpt.pt"), *tmp_path.glob("runs/*/reach/results.json")]
+        return {file: file.stat().st_mtime for file in files}
+
+    before = written()
+    assert len(before) == 4
+    assert call_script(*words).returncode == 0
+    assert written() == before
+
+
+def test_mistakes_are_one_line(call_script):
+    for words, said in (
+        (["--only=rpe"], "did you mean 'rope'"),
+        (["--rounds=0"], "rounds must be at least 1"),
+        (["--dataset=copy"], "reads text"),
+        (["--growth=a"], "unknown key 'growth'"),
+    ):
+        done = call_script("lab/gallery.py", *words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert said in done.stderr

@@ -119,7 +119,7 @@ def theirs(model, parts):
 @torch.inference_mode()
 def ours(model, parts):
     cache = Cache(total=sum(part.shape[1] for part in parts)) if len(parts) > 1 else None
-    return torch.cat([model(part, cache=cache) for part in parts], dim=1)
+    return torch.cat([model(part, past=cache) for part in parts], dim=1)
 
 
 def check(folder, length, prompt=8, stale=False):
@@ -945,7 +945,7 @@ def test_a_published_model_is_evaluated(tmp_path, plain, bpe, llama2, call_scrip
         flags = ["--data=text.txt", "--targets=2", "--train_length=16", "--data_dir=data"]
         done = call_script("evaluate.py", f"hf:{folder}", *flags, f"--out_dir=reach/{folder.name}")
         assert done.returncode == 0, done.stderr
-        (result,) = runs.read_json(tmp_path / "reach" / folder.name / "length.json")["runs"].values()
+        (result,) = runs.read_json(tmp_path / "reach" / folder.name / "results.json")["runs"].values()
         assert result["lengths"][:2] == [8, 16] and result["step"] == 0
         assert all(0 < loss < 30 for loss in result["loss"])
 

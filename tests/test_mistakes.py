@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hooks import attend, logits, rotate
 
 import posenc
+from core.attention import visible
+from core.cache import Cache, Past
+from core.encoding import Encoding
 from core.settings import Config
-from model import GPT, Cache, GPTConfig, attend, visible
+from model import GPT, GPTConfig
 
 T = 32  # the training length of the tiny models
 SIZES = dict(n_embd=32, n_head=4, n_kv_head=4, head_dim=8, train_length=T)
@@ -141,7 +145,7 @@ def test_3_powers_of_positions_are_not_relative():
 
     def ours(i, j):
         pos = torch.tensor([j, i])  # both tokens are queries and keys, as in a call of the model
-        q, k = xpos.rotate(torch.ones(1, 1, 2, 8).double(), torch.ones(1, 1, 2, 8).double(), pos, pos, T)
+        q, k = rotate(xpos, torch.ones(1, 1, 2, 8).double(), torch.ones(1, 1, 2, 8).double(), pos, pos, T)
         return (q[0, 0, 1] @ k[0, 0, 0]).item() / 8
 
     assert [f"{wrong(i, i - 100):.3f}" for i in (100, 1100)] == ["0.837", "0.938"]
@@ -160,7 +164,7 @@ def test_4_the_first_frequencies_are_the_highest():
         """The angle of every pair from one position to the next, read off the rotation itself."""
         x = torch.cat((torch.ones(32), torch.zeros(32))).double().view(1, 1, 1, 64)
         one = torch.tensor([1])
-        turned, _ = build(f"rope(fraction={fraction})", head_dim=64).rotate(x, x, one, one, T)
+        turned, _ = rotate(build(f"rope(fraction={fraction})", head_dim=64), x, x, one, one, T)
         return torch.atan2(turned[0, 0, 0, 32:], turned[0, 0, 0, :32])
 
     def wavelengths(angles):
@@ -214,7 +218,7 @@ def test_5_the_spectrum_of_an_attention_map_says_little_about_frequencies():
         with torch.no_grad():
             weight = model.blocks[0].attn.qkv.weight[:128].view(2, 4, 2, 8, 64)  # q and k, heads, halves, pairs
             weight[:, :, :, [m for m in range(8) if m not in used]] *= 0.1
-        q, k = model.posenc[0].rotate(*queries_and_keys(model, tokens)[:, None], pos, pos, 64)
+        q, k = rotate(model.posenc[0], *queries_and_keys(model, tokens)[:, None], pos, pos, 64)
         maps = (q @ k.mT / 4)[0].masked_fill(hidden, -math.inf).softmax(-1)
         assert wrong(maps) > 5  # "low frequencies", whichever it uses
         norms = ours(model, tokens)
@@ -234,18 +238,18 @@ def test_6_a_bias_on_keys_depends_on_the_query():
         return q @ (k + vectors[t5.bucket(n)].transpose(0, 1)).mT / 8**0.5
 
     def ours(q, k):
-        return t5.logits(q, k, n, torch.tensor([0]), torch.tensor([[True]]))
+        return logits(t5, q, k, n, torch.tensor([0]), torch.tensor([[True]]))
 
-    def spread(logits):
+    def spread(given):
         """What the encoding added for the same distance: the largest less the smallest of 1000 queries, by head."""
-        added = logits - plain
+        added = given - plain
         return (added.amax(0) - added.amin(0)).flatten()
 
     assert spread(wrong(q, k)).min() > 1
     assert torch.allclose(wrong(-q, k) + plain, -(wrong(q, k) - plain))  # what one query seeks, its opposite shuns
     assert spread(ours(q, k)).max() < 1e-12
     assert torch.allclose((ours(q, k) - plain)[0].flatten(), t5.weight[5])
-    assert t5.values(None, None, None) is None  # nor does it add to what attention reads
+    assert type(t5).values is Encoding.values  # nor does it add to what attention reads
     says(6, "1000 random queries", "more than 1 in every head", "less than 1e-12")
 
 
@@ -259,14 +263,14 @@ def test_7_a_clipped_table_merges_distances():
         return q @ (k + shaw.key[n.clamp(max=16)]).mT / 8**0.5
 
     def ours(q, k):
-        return xl.logits(q, k, q_pos, k_pos, seen)
+        return logits(xl, q, k, q_pos, k_pos, seen)
 
-    def distinct(logits):
-        return {len(head.round(decimals=9).unique()) for head in logits.flatten(0, 2)}
+    def distinct(given):
+        return {len(head.round(decimals=9).unique()) for head in given.flatten(0, 2)}
 
     assert distinct(wrong(q, k)) == {17}
     assert distinct(ours(q, k)) == {64}
-    shaws = shaw.logits(q, k, q_pos, k_pos, seen)  # an encoding, under its own name
+    shaws = logits(shaw, q, k, q_pos, k_pos, seen)  # an encoding, under its own name
     assert torch.allclose(wrong(q, k), shaws, rtol=0, atol=1e-12)
     angle = n[:, None] * 10000.0 ** -(torch.arange(0, 32, 2, dtype=torch.float64) / 32)
     r = xl.project(torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)).view(64, 4, 8).transpose(0, 1)
@@ -286,7 +290,7 @@ def test_8_rope_breaks_past_its_length_and_llama_3_scales_by_bands(trained):
     rope = trained["rope"]
     for length in (2 * T, 4 * T):
         assert loss(rope, length) > loss(rope, T) + 1
-        assert loss(rope, length, window=T) < loss(rope, T) + 0.1  # ours: a window over the same context
+        assert loss(rope, length, past=Past(T)) < loss(rope, T) + 0.1  # ours: a window over the same context
     says(8, "more than 1 nat", "within 0.1")
 
     def divisors(scaling):
@@ -307,13 +311,13 @@ def test_9_rope_without_an_offset_breaks_under_a_cache(monkeypatch):
     tokens = torch.randint(9, (2, 20))
     model = gpt("rope")
 
-    def wrong(self, q, k, q_pos, k_pos, length):
-        return self.turn(q, torch.arange(q.shape[2])), self.turn(k, torch.arange(k.shape[2]))
+    def wrong(self, pairs):
+        return tuple(self.turn(x, torch.arange(x.shape[2])) for x in (pairs.q, pairs.k))
 
     def difference():
         """The cached logits, token by token, against those of the full forward."""
         cache = Cache()
-        cached = torch.cat([model(token, cache=cache) for token in tokens.split(1, dim=1)], dim=1)
+        cached = torch.cat([model(token, past=cache) for token in tokens.split(1, dim=1)], dim=1)
         return (cached - model(tokens)).abs().max().item()
 
     full = model(tokens)

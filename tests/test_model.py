@@ -5,12 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hooks import attend, pairs
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import create_block_mask
 
 import model as model_module
 import posenc
-from model import GPT, Cache, GPTConfig, Slots, attend, draw, generate, visible
+from core import attention
+from core import cache as caches
+from core.attention import biased, flex, fused, visible, written_out
+from core.cache import Cache, Past, Slots, pieces
+from model import GPT, GPTConfig, draw, generate
 from posenc import ENCODINGS
 
 T = 16
@@ -33,7 +38,7 @@ def cached(model, tokens, sizes, **cache):
     cache, logits, start = Cache(total=tokens.shape[1], **cache), [], 0
     while start < tokens.shape[1]:
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
-        logits.append(model(tokens[:, start : start + size], cache=cache))
+        logits.append(model(tokens[:, start : start + size], past=cache))
         start += size
     return torch.cat(logits, dim=1), cache
 
@@ -53,7 +58,7 @@ def test_cached_logits_equal_the_full_forward(spec, length):
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory(spec, sinks):
     model, tokens = make(spec), torch.randint(50, (2, 8 * T))
-    full = model(tokens, window=T, sinks=sinks)
+    full = model(tokens, past=Past(T, sinks))
     for sizes in ([5], [1, 7, 3]):
         logits, cache = cached(model, tokens, sizes, window=T, sinks=sinks)
         assert torch.allclose(logits, full, rtol=0, atol=1e-11)
@@ -66,11 +71,11 @@ def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory
 def test_tokens_from_fixed_slots_equal_the_full_forward(spec):
     model, tokens = make(spec), torch.randint(50, (2, 2 * T))
     full, cache = model(tokens), Cache(total=2 * T)
-    model(tokens[:, : T - 3], cache=cache)
+    model(tokens[:, : T - 3], past=cache)
     cache, pos = Slots(cache), torch.tensor([T - 3])
     places = [x.data_ptr() for held in cache.layers.values() for x in held.values()]
     for index in range(T - 3, 2 * T):
-        logits = model(tokens[:, index : index + 1], cache=cache, pos=pos)
+        logits = model(tokens[:, index : index + 1], past=cache, pos=pos)
         assert torch.allclose(logits[:, 0], full[:, index], rtol=0, atol=1e-11)
         pos = pos + 1
     assert places == [x.data_ptr() for held in cache.layers.values() for x in held.values()]
@@ -144,9 +149,9 @@ def test_chunks_of_queries_change_nothing(spec, options, monkeypatch):
     model, tokens = make(spec), torch.randint(50, (2, 4 * T))
     found = []
     for chunk in (4 * T, 7):
-        monkeypatch.setattr(model_module, "CHUNK", chunk)
+        monkeypatch.setattr(attention, "CHUNK", chunk)
         model.zero_grad()
-        logits = model(tokens, **options)
+        logits = model(tokens, past=Past(**options))
         logits.square().sum().backward()
         found.append((logits, [parameter.grad.clone() for parameter in model.parameters()]))
     (whole, gradients), (pieces, others) = found
@@ -247,11 +252,11 @@ def test_flops_count_products():
 
 
 def test_only_what_needs_no_mask_enters_a_cache_at_once(monkeypatch):
-    monkeypatch.setattr(model_module, "WHOLE", 16)
-    monkeypatch.setattr(model_module, "PIECE", 3)
+    monkeypatch.setattr(caches, "WHOLE", 16)
+    monkeypatch.setattr(caches, "PIECE", 3)
     held = Cache()
     held.advance(torch.arange(2), 2)
-    sizes = [[p.shape[1] for p in model_module.pieces(torch.zeros(2, n), c)] for n, c in (
+    sizes = [[p.shape[1] for p in pieces(torch.zeros(2, n), c)] for n, c in (
         (12, Cache()), (7, Cache(window=4)), (7, held), (8, Cache()), (0, Cache()))]  # fmt: skip
     assert sizes == [[8, 3, 1], [3, 3, 1], [3, 3, 1], [8], []]
 
@@ -259,7 +264,7 @@ def test_only_what_needs_no_mask_enters_a_cache_at_once(monkeypatch):
 @pytest.mark.parametrize("spec", UNBOUNDED)
 def test_generate_equals_naive_greedy_decoding_at_8_times_the_training_length(spec, monkeypatch):
     for name in ("WHOLE", "PIECE"):  # the prompt enters the cache in two pieces
-        monkeypatch.setattr(model_module, name, 3)
+        monkeypatch.setattr(caches, name, 3)
     model, tokens = make(spec), torch.randint(50, (2, 5))
     made = torch.stack(list(generate(model, tokens, 8 * T - 5, temperature=0)), dim=1)
     whole = torch.cat((tokens, made), dim=1)
@@ -324,39 +329,12 @@ def test_half_precision_keeps_distances_apart():
         assert weight == pytest.approx(math.exp(-(n - 3000) / 16) * (1 - math.exp(-1 / 16)), rel=0.01)
 
 
-@pytest.mark.parametrize(("heads", "width"), [(4, 32), (8, 64), (12, 64), (16, 64), (6, 128)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_folded_alibi_is_biased_alibi(heads, width, dtype):
-    """To 6e-4 in the logits of 8,192 keys, the kernel's sums being float32; exactly for 8 heads 64 wide."""
-    sizes = dict(n_embd=heads * width, n_head=heads, n_kv_head=heads, head_dim=width, train_length=T)
-    alibi, pos = posenc.build("alibi", 1, **sizes)[0], torch.arange(8192)
-    q, k = alibi.fold(
-        torch.zeros(1, heads, 1, width, dtype=dtype), torch.zeros(1, heads, 8192, width, dtype=dtype), pos
-    )
-    logits = (q.float() @ k.float().mT)[0, :, 0] * width**-0.5
-    bias = alibi.distance_bias(8191 - pos).double()
-    difference = (logits - logits[:, -1:]).double() - bias
-    assert difference.abs().max() <= (0 if (heads, width) == (8, 64) else 6e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_reads_the_same_through_folded_alibi(dtype, monkeypatch):
-    q, k, v = (torch.randn(2, h, 300, 8).to(dtype) for h in (4, 2, 2))
-    arguments = encoding("alibi"), q, k, v, torch.arange(300), torch.arange(300)
-    exact = attend(encoding("alibi").double(), *(x.double() for x in arguments[1:4]), *arguments[4:])
-    found = {}
-    for how in ("folded", "written out"):
-        monkeypatch.setattr(model_module, "kernel", lambda *_, how=how: how)
-        found[how] = (attend(*arguments).double() - exact).abs().max()
-    assert found["folded"] <= 1.5 * found["written out"]
-
-
 @pytest.fixture
 def flex_on_cpu(monkeypatch):
     """torch computes flex_attention's gradients on the CPU, but refuses to."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)
     monkeypatch.setattr(flex_module, "_warn_once", lambda *_, **__: None)  # that it is slow
-    monkeypatch.setattr(model_module, "compiled_flex", lambda: flex_module.flex_attention)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_module.flex_attention)
 
 
 def attended(how, spec, T, dtype, device="cpu"):
@@ -369,7 +347,7 @@ def attended(how, spec, T, dtype, device="cpu"):
     q, k, v, weight = (torch.randn(2, h, T, 16, generator=generator).to(device, dtype) for h in (4, 2, 2, 4))
     pos, leaves = torch.arange(T, device=device), [x.requires_grad_() for x in (q, k, v, *one.parameters())]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, "kernel", lambda *_: how)
+        patch.setattr(attention, "choose", lambda *_: how)
         y = attend(one, q, k, v, pos + 9, pos + 9)
     return [y.detach(), *torch.autograd.grad((y * weight).sum(), leaves)]
 
@@ -377,7 +355,7 @@ def attended(how, spec, T, dtype, device="cpu"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("spec", BY_DISTANCE)
 def test_flex_attention_is_what_is_written_out(spec, dtype, flex_on_cpu):
-    for got, expected in zip(*(attended(how, spec, 256, dtype) for how in ("flex", "written out")), strict=True):
+    for got, expected in zip(*(attended(how, spec, 256, dtype) for how in (flex, written_out)), strict=True):
         error = 1e-4 if dtype == torch.float32 else 1e-12
         assert torch.allclose(got, expected, rtol=error, atol=error)
 
@@ -385,41 +363,45 @@ def test_flex_attention_is_what_is_written_out(spec, dtype, flex_on_cpu):
 def test_a_compiled_model_calls_flex_attention_without_a_break(flex_on_cpu, monkeypatch):
     tokens = torch.randint(50, (1, 256))
     exact = make("t5")(tokens)
-    monkeypatch.setattr(model_module, "kernel", lambda *_: "flex")
+    monkeypatch.setattr(attention, "choose", lambda *_: flex)
     assert torch.allclose(torch.compile(make("t5"), backend="eager", fullgraph=True)(tokens), exact, atol=1e-11)
 
 
+def chosen(spec, q, S=None, seen=None, parts=1, dropout=0.0):
+    """The form that is chosen for queries q (B, H, T, D) over S keys, by default T."""
+    T, S = q.shape[2], S or q.shape[2]
+    k = q.new_zeros(*q.shape[:2], S, q.shape[3])
+    part = pairs(q, k, k, torch.arange(S - T, S), torch.arange(S), seen)
+    return attention.choose(make(spec).posenc[0], [part] * parts, dropout)
+
+
 def test_flex_attention_serves_biases_by_distance_alone(monkeypatch):
-    monkeypatch.setattr(model_module, "flexes", lambda q: True)
+    monkeypatch.setattr(attention, "flexes", lambda q: True)
     q = torch.zeros(1, 4, 256, 16, dtype=torch.float16)
-    chosen = {spec: model_module.kernel(make(spec).posenc[0], q, None, None, 256, 0.0) for spec in UNBOUNDED}
-    assert [spec for spec, how in chosen.items() if how in ("flex", "folded")] == sorted(
-        BY_DISTANCE, key=UNBOUNDED.index
-    )
-    for arguments in [(q, True, None, 256, 0.0), (q, None, (), 256, 0.0), (q, None, None, 300, 0.0),
-                      (q, None, None, 256, 0.1), (q.float(), None, None, 256, 0.0)]:  # fmt: skip
-        assert model_module.kernel(make("t5").posenc[0], *arguments) != "flex"
+    assert [spec for spec in UNBOUNDED if chosen(spec, q) is flex] == sorted(BY_DISTANCE, key=UNBOUNDED.index)
+    for more in (dict(seen=torch.ones(256, 256).bool()), dict(parts=2), dict(S=300), dict(dropout=0.1)):
+        assert chosen("t5", q, **more) is written_out
+    assert chosen("t5", q.float()) is biased
 
 
 def test_bfloat16_on_the_cpu_takes_the_fused_kernel_where_no_gradient_flows():
     q = torch.zeros(1, 4, 8, 16, dtype=torch.bfloat16)
-    choose = lambda spec: model_module.kernel(make(spec).posenc[0], q, None, None, 8, 0.0)  # noqa: E731
-    assert (choose("rope"), choose("t5")) == ("written out", "written out")
+    assert (chosen("rope", q), chosen("t5", q)) == (written_out, written_out)
     with torch.no_grad():
-        assert (choose("rope"), choose("t5")) == ("fused", "written out")  # which would round the biases
+        assert (chosen("rope", q), chosen("t5", q)) == (fused, written_out)  # the kernel would round the biases
 
 
 def test_positions_that_do_not_follow_one_another_get_a_mask():
     """Or flex_attention would take the distance of two tokens for that of their positions."""
     seen = []
     for pos in (None, 3 * torch.arange(T)):
-        make("t5", n_layer=1)(torch.randint(50, (1, T)), pos=pos, watch=lambda *call: seen.append(call[7]))
+        make("t5", n_layer=1)(torch.randint(50, (1, T)), pos=pos, watch=lambda *call: seen.append(call[3].seen))
     assert seen[0] is None
     assert seen[1] is not None
 
 
 def test_the_triangle_of_blocks_is_the_causal_mask():
-    ours, theirs = model_module.triangle(512, "cpu"), create_block_mask(model_module.causal, 1, 1, 512, 512, "cpu")
+    ours, theirs = attention.triangle(512, "cpu"), create_block_mask(attention.causal, 1, 1, 512, 512, "cpu")
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert torch.equal(ours.to_dense(), theirs.to_dense())
@@ -430,9 +412,9 @@ def test_the_triangle_of_blocks_is_the_causal_mask():
 @pytest.mark.parametrize("spec", BY_DISTANCE)
 def test_flex_attention_on_a_gpu(spec):
     """It is as near to float32 as what is written out in bfloat16, and its memory grows with T, not T T."""
-    exact = attended("written out", spec, 256, torch.float32, "cuda")
-    flex, written = (attended(how, spec, 256, torch.bfloat16, "cuda") for how in ("flex", "written out"))
-    for found, other, expected in zip(flex, written, exact, strict=True):
+    exact = attended(written_out, spec, 256, torch.float32, "cuda")
+    flexed, written = (attended(how, spec, 256, torch.bfloat16, "cuda") for how in (flex, written_out))
+    for found, other, expected in zip(flexed, written, exact, strict=True):
         errors = [(x.float() - expected).norm() / expected.norm() for x in (found, other)]
         assert errors[0] < 2 * errors[1] + 0.01
     peaks = []
@@ -475,7 +457,7 @@ def test_a_compiled_model_generates_the_same_text():
     calls = []
 
     def compiled(*arguments, **more):  # what torch.compile returns is called as the model is
-        calls.append(more["cache"])
+        calls.append(more["past"])
         return model(*arguments, **more)
 
     plain, slots = (list(generate(model, tokens, 40, seed=1, compiled=way)) for way in (None, compiled))
@@ -489,12 +471,12 @@ def test_a_token_from_slots_compiles_into_one_graph(spec):
     model, tokens = make(spec), torch.randint(50, (1, T))
     cache = Cache(total=2 * T)
     with torch.inference_mode():
-        model(tokens, cache=cache)
+        model(tokens, past=cache)
         compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)  # which refuses breaks
         slots, other = Slots(cache), Slots(cache)
         for index in range(T, T + 3):
             given = tokens[:, :1], torch.tensor([index])
-            one, two = (run(given[0], pos=given[1], cache=held) for run, held in ((compiled, slots), (model, other)))
+            one, two = (run(given[0], pos=given[1], past=held) for run, held in ((compiled, slots), (model, other)))
             assert torch.allclose(one, two, rtol=0, atol=1e-11)
 
 

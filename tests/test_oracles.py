@@ -9,8 +9,10 @@ import math
 
 import pytest
 import torch
+from hooks import logits, rotate
 
 import posenc
+from core.encoding import Pairs
 
 SIZES = dict(n_embd=24, n_head=4, n_kv_head=2, head_dim=8, train_length=16)
 BESIDE = list(range(3, 13))  # positions of the keys: neighbours, away from zero,
@@ -45,10 +47,10 @@ def ask(encoding, pos=APART, length=None):
     k_pos, groups = torch.tensor(pos), encoding.n_head // encoding.n_kv_head
     q_pos = k_pos[-QUERIES:]
     with torch.no_grad():
-        new_q, new_k = encoding.rotate(q, k, q_pos, k_pos, length or pos[-1] + 1)
+        new_q, new_k = rotate(encoding, q, k, q_pos, k_pos, length or pos[-1] + 1)
         new_k = new_k.repeat_interleave(groups, 1)
-        logits = encoding.logits(new_q, new_k, q_pos, k_pos, k_pos <= q_pos[:, None], **encoding.state(x, {}))
-    return logits.tolist(), q.tolist(), k.repeat_interleave(groups, 1).tolist(), x.tolist()
+        got = logits(encoding, new_q, new_k, q_pos, k_pos, k_pos <= q_pos[:, None], **encoding.state(x, {}))
+    return got.tolist(), q.tolist(), k.repeat_interleave(groups, 1).tolist(), x.tolist()
 
 
 def pairs(encoding):
@@ -355,7 +357,7 @@ def test_rope(spec, length, frequencies, amplitude):
     pos = FAR if length > 4000 else APART
     q, k = torch.randn(1, 4, QUERIES, 16, dtype=torch.float64), torch.randn(1, 2, 10, 16, dtype=torch.float64)
     at = torch.tensor(pos)
-    new_q, new_k = encoding.rotate(q, k, at[-QUERIES:], at, length)
+    new_q, new_k = rotate(encoding, q, k, at[-QUERIES:], at, length)
     for new, old, where in ((new_q, q, pos[-QUERIES:]), (new_k, k, pos)):  # the rotated pairs, of 4 heads and of 2
         assert new.shape == old.shape
         for h, (t, p) in itertools.product(range(old.shape[1]), enumerate(where)):
@@ -377,7 +379,7 @@ def test_bands_at_the_width_of_llama(scaling, length):
     assert ratios[0] == 1 and ratios[-1] == pytest.approx(1 / 8) and any(0.13 < r < 0.99 for r in ratios)
     x = torch.ones(1, 1, 1, 64, dtype=torch.float64)
     encoding = make(f"rope(scaling='{scaling.__name__}')", head_dim=64, train_length=length)
-    given = encoding.rotate(x, x, torch.tensor([777]), torch.tensor([777]), 4000)[0]
+    given = rotate(encoding, x, x, torch.tensor([777]), torch.tensor([777]), 4000)[0]
     assert given.flatten().tolist() == pytest.approx(turned([1.0] * 64, 777, frequencies, amplitude), abs=1e-9)
 
 
@@ -385,7 +387,7 @@ def test_ntk_end_ratios():
     # The highest frequency stays, the lowest becomes 1/s of itself: read off the angle by which unit vectors turn.
     encoding = make("rope(scaling='ntk', factor=8)", head_dim=16)
     x = torch.tensor([1.0] * 8 + [0.0] * 8, dtype=torch.float64).view(1, 1, 1, 16)
-    one = encoding.rotate(x, x, torch.tensor([1]), torch.tensor([1]), 2)[0].flatten().tolist()
+    one = rotate(encoding, x, x, torch.tensor([1]), torch.tensor([1]), 2)[0].flatten().tolist()
     ratios = [math.atan2(one[m + 8], one[m]) / w for m, w in enumerate(theta(16))]
     assert ratios[0] == pytest.approx(1, rel=1e-10)
     assert ratios[-1] == pytest.approx(1 / 8, rel=1e-9)
@@ -448,16 +450,14 @@ def test_shaw(clip, with_values):
     compare(encoding, logit)
     at = torch.tensor(APART)
     weights = torch.rand(2, 4, QUERIES, len(APART), dtype=torch.float64) * (at <= at[-QUERIES:, None])
-    given = encoding.values(weights, at[-QUERIES:], at)
-    if not with_values:
-        assert given is None
-        return
-    value = encoding.value.tolist()
+    v = torch.randn(2, 4, len(APART), 8, dtype=torch.float64)
+    given = encoding.values(weights, Pairs(None, None, v, at[-QUERIES:], at))
+    value = encoding.value.tolist() if with_values else [[0.0] * 8] * (clip + 1)
     for b, h, t in itertools.product(range(2), range(4), range(QUERIES)):
         expected = [0.0] * 8
         for s in range(10 - QUERIES + t + 1):
-            row = value[min(APART[t - QUERIES] - APART[s], clip)]
-            expected = [x + weights[b, h, t, s].item() * y for x, y in zip(expected, row, strict=True)]
+            row = zip(v[b, h, s].tolist(), value[min(APART[t - QUERIES] - APART[s], clip)], strict=True)
+            expected = [x + weights[b, h, t, s].item() * (y + z) for x, (y, z) in zip(expected, row, strict=True)]
         assert given[b, h, t].tolist() == pytest.approx(expected, abs=1e-10)
 
 

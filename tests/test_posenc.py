@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hooks import rotate
 
 import posenc
 from model import GPT, Cache, GPTConfig
@@ -32,7 +33,7 @@ def test_sinusoidal_is_the_papers_formula():
 def test_rope_turns_each_pair_by_its_angle():
     q, k = torch.randn(1, 4, 3, 8, dtype=torch.float64), torch.randn(1, 2, 3, 8, dtype=torch.float64)
     pos = torch.tensor([0, 7, 1000])
-    turned, _ = make("rope(base=500)").rotate(q, k, pos, pos, 16)
+    turned, _ = rotate(make("rope(base=500)"), q, k, pos, pos, 16)
     for t, p in enumerate(pos.tolist()):
         for m in range(4):
             turn = complex(math.cos(p * 500 ** (-2 * m / 8)), math.sin(p * 500 ** (-2 * m / 8)))
@@ -44,22 +45,22 @@ def test_rope_turns_each_pair_by_its_angle():
 def test_p_rope_leaves_the_lowest_frequencies_unturned():
     k = torch.randn(1, 2, 3, 8)
     pos = torch.tensor([3, 40, 41])
-    _, half = make("rope(fraction=0.5)").rotate(k, k, pos, pos, 16)
-    _, full = make("rope").rotate(k, k, pos, pos, 16)
+    _, half = rotate(make("rope(fraction=0.5)"), k, k, pos, pos, 16)
+    _, full = rotate(make("rope"), k, k, pos, pos, 16)
     high, low = [0, 1, 4, 5], [2, 3, 6, 7]  # pairs are (m, m + D/2), the highest frequency first
     assert torch.equal(half[..., high], full[..., high])
     assert torch.equal(half[..., low], k[..., low])
-    assert torch.equal(make("rope(fraction=0.0)").rotate(k, k, pos, pos, 16)[1], k)
+    assert torch.equal(rotate(make("rope(fraction=0.0)"), k, k, pos, pos, 16)[1], k)
 
 
 def test_rope_computes_angles_in_float32_when_the_model_is_in_bfloat16():
     k = torch.randn(1, 2, 2, 8, dtype=torch.bfloat16)
     pos = torch.tensor([1000, 1001])  # bfloat16 cannot tell these apart
-    _, turned = make("rope").rotate(k, k, pos, pos, 16)
-    _, exact = make("rope").rotate(k.double(), k.double(), pos, pos, 16)
+    _, turned = rotate(make("rope"), k, k, pos, pos, 16)
+    _, exact = rotate(make("rope"), k.double(), k.double(), pos, pos, 16)
     assert turned.dtype == torch.bfloat16
     assert (turned.double() - exact).abs().max() < 0.02
-    same = make("rope").rotate(k[:, :, :1].expand_as(k), k[:, :, :1].expand_as(k), pos, pos, 16)[1]
+    same = rotate(make("rope"), k[:, :, :1].expand_as(k), k[:, :, :1].expand_as(k), pos, pos, 16)[1]
     assert not torch.equal(same[:, :, 0], same[:, :, 1])
 
 
@@ -131,7 +132,7 @@ def test_relative_is_what_the_class_says(spec):
     if "interpolate" in spec:
         pytest.skip("has no positions beyond a thousand")
     model, tokens = model_of(spec), torch.randint(50, (1, 64))
-    here, there = (model(tokens, pos=torch.arange(64) + start, cache=Cache(total=1070)) for start in (0, 1003))
+    here, there = (model(tokens, pos=torch.arange(64) + start, past=Cache(total=1070)) for start in (0, 1003))
     change = (here - there).abs().max().item()
     assert change < 1e-10 if model.posenc[0].relative else change > 1e-3
 
@@ -143,7 +144,7 @@ def test_position_matters(spec):
     model, tokens = model_of(spec, n_layer=2 if spec == "ffn" else 1), torch.randint(50, (1, 8))
     swapped = tokens.clone()
     tokens[0, 5:7], swapped[0, 5:7] = torch.tensor([1, 2]), torch.tensor([2, 1])
-    before, after = (model(x, cache=Cache(total=1024)) for x in (tokens, swapped))
+    before, after = (model(x, past=Cache(total=1024)) for x in (tokens, swapped))
     assert (before - after)[0, -1].abs().max() > 1e-6
 
 
@@ -248,7 +249,7 @@ def test_randomized_takes_every_hook_from_its_inner_encoding():
     own = {"setup", "init_parameter", "redraw", "positions", "require", "once", "once_per_weights", "checked", "train"}
     hooks = {name for name, value in vars(Encoding).items() if callable(value) and not name.startswith("_")}
     assert hooks - own == set(randomized.DELEGATED) & hooks
-    flags = {name for name in vars(content.Shaw) if name in ("embeds", "biases", "folds", "writes_out")}
+    flags = {name for name in vars(content.Shaw) if name in ("embeds", "biases", "writes_out")}
     assert flags < set(randomized.DELEGATED)
 
 

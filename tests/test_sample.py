@@ -123,10 +123,10 @@ def test_end_of_text_is_drawn_with_stop_alone(trained, call_script, tmp_path):
     state["model"]["head.weight"].zero_()
     (tmp_path / "run").mkdir()
     torch.save(state, tmp_path / "run" / "ckpt.pt")
-    go_on = call_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1")
-    assert "1500 tokens in" in go_on.stdout
-    stop = call_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1", "--stop")
-    assert int(re.search(r"(\d+) tokens in", stop.stdout)[1]) < 1500
+    words = ["sample.py", tmp_path / "run", "--samples=8", "--tokens=200", "--temperature=1"]
+    assert "1600 tokens in" in call_script(*words).stdout
+    stop = call_script(*words, "--stop")
+    assert int(re.search(r"(\d+) tokens in", stop.stdout)[1]) < 1600
 
 
 def test_repeated_counts_four_grams_that_stood_before():

@@ -16,14 +16,13 @@ from test_train import metrics, same, state
 from tiny import ENV, TINY, command
 
 import data
-import evaluate
-from core import flags as configs
-from core import measure as probes
 from core.errors import UserError
+from core.measure import exact_match, validation_loss
 from core.place import Place
-from core.settings import Config
+from core.settings import Config, Dataset
 from data import vocabulary
 from data.tasks import TASKS
+from lab import passkey
 from model import GPT, GPTConfig, generate
 
 CPU = Place(torch.device("cpu"), torch.float32)
@@ -193,7 +192,7 @@ def test_settings_that_a_task_cannot_have(settings, said):
 
 
 def test_every_task_and_corpus_can_be_chosen():
-    assert set(typing.get_args(configs.Dataset)) == {*TASKS, *data.SOURCES}
+    assert set(typing.get_args(Dataset)) == {*TASKS, *data.SOURCES}
 
 
 # Scoring.
@@ -219,7 +218,7 @@ class Reader:
 
 def test_all_right_is_one():
     for name in NAMES:
-        result = probes.exact_match(Reader(T), task_of(name), CPU, 5)
+        result = exact_match(Reader(T), task_of(name), CPU, 5)
         assert result["lengths"] == [64, 128, 192, 256, 384, 512] and result["exact"] == [1.0] * 6
         assert (result["train_length"], result["windows"], result["max_length"]) == (T, 5, None)
         assert max(result["loss"]) < 1e-6
@@ -230,17 +229,17 @@ def test_one_wrong_token_is_one_wrong_row(budget):
     task = task_of("copy")  # 127 characters, 63 of them given with a "=": columns 63 to 126 hold targets
     for column, right in ((62, 8), (63, 7), (100, 7), (126, 7), (127, 8)):
         model = Reader(T, mistakes=[(3, column)])
-        result = probes.exact_match(model, task, CPU, 8, multiples=(1,), budget=budget)
+        result = exact_match(model, task, CPU, 8, multiples=(1,), budget=budget)
         assert result["exact"] == [right / 8]
         assert all(rows * length <= max(budget, length) for rows, length in model.calls)
     both = Reader(T, mistakes=[(3, 80), (3, 90)])
-    assert probes.exact_match(both, task, CPU, 8, multiples=(1,))["exact"] == [7 / 8]
+    assert exact_match(both, task, CPU, 8, multiples=(1,))["exact"] == [7 / 8]
 
 
 def test_lengths_are_those_with_positions_that_an_example_fits_in():
-    result = probes.exact_match(Reader(T, max_length=T), task_of("copy"), CPU, 2)
+    result = exact_match(Reader(T, max_length=T), task_of("copy"), CPU, 2)
     assert (result["lengths"], result["max_length"]) == ([64, 128], 128)
-    assert probes.exact_match(Reader(50), task_of("passkey"), CPU, 2, multiples=(0.5, 0.6, 1))["lengths"] == [42, 50]
+    assert exact_match(Reader(50), task_of("passkey"), CPU, 2, multiples=(0.5, 0.6, 1))["lengths"] == [42, 50]
 
 
 def test_a_uniform_model_loses_the_logarithm_of_the_vocabulary():
@@ -248,7 +247,7 @@ def test_a_uniform_model_loses_the_logarithm_of_the_vocabulary():
         def __call__(self, tokens):
             return torch.zeros(*tokens.shape, 257)
 
-    result = probes.exact_match(Uniform(T), task_of("recall"), CPU, 4)
+    result = exact_match(Uniform(T), task_of("recall"), CPU, 4)
     assert result["loss"] == pytest.approx([math.log(257)] * 6) and result["exact"] == [0.0] * 6
 
 
@@ -261,7 +260,7 @@ def test_losses_are_means_over_targets():
     model, task = small(), task_of("recall")
     x, y = map(torch.from_numpy, task.examples(16, 6))
     expected = sum(model(x, y)[y >= 0].tolist()) / int((y >= 0).sum())
-    assert probes.exact_match(model, task, CPU, 6, multiples=(1,))["loss"] == pytest.approx([expected])
+    assert exact_match(model, task, CPU, 6, multiples=(1,))["loss"] == pytest.approx([expected])
     windows = task.validation(T, 6)
     x, y = map(torch.from_numpy, windows)
     counts = (y >= 0).sum(1)
@@ -269,7 +268,7 @@ def test_losses_are_means_over_targets():
     expected = sum(model(x, y)[y >= 0].tolist()) / int(counts.sum())
     sizes = vocabulary.byte_lengths(vocabulary.load("bytes"))
     for rows in (1, 4, 6):
-        nats, bits = evaluate.validation_loss(model, windows, sizes, CPU, rows)
+        nats, bits = validation_loss(model, windows, sizes, CPU, rows)
         assert nats == pytest.approx(expected) and bits == pytest.approx(expected / math.log(2))
 
 
@@ -283,7 +282,7 @@ def test_exact_match_is_what_greedy_decoding_gets_right(name, length):
         optimizer.step()
         optimizer.zero_grad()
         if step % 5 == 4:
-            (exact,) = probes.exact_match(model, task, CPU, 200, multiples=(1,))["exact"]
+            (exact,) = exact_match(model, task, CPU, 200, multiples=(1,))["exact"]
             if exact > 0.2:
                 break
     assert 0.2 < exact < 0.9
@@ -306,7 +305,7 @@ def test_the_map_tells_depths_from_lengths():
                     answers[row] = 0
             return answers
 
-    result = probes.passkey_map(Near(T), task_of("passkey"), CPU, 4, multiples=(1, 4))
+    result = passkey.depth_map(Near(T), task_of("passkey"), CPU, 4, multiples=(1, 4))
     assert (result["lengths"], result["depths"]) == ([128, 512], [0, 0.25, 0.5, 0.75, 1])
     exact = np.array(result["exact"])
     assert exact.shape == (5, 2) and exact[:, 1].tolist() == [0, 0, 0, 0, 1] and exact[-1, 0] == 1
@@ -369,21 +368,31 @@ def test_lengths_may_grow(learn, tmp_path):
     assert list(metrics(tmp_path / "run", "loss")) == [1, 2, 3, 4]
 
 
-def test_the_loss_is_the_mean_over_the_targets_of_all_micro_batches_and_processes(learn, corpus, tmp_path):
-    """Rows have answers of many lengths, so that a mean of the parts' means would be another number."""
-    settings = {"dataset": "copy", "text": "", "max_steps": 3, "dropout": 0.0, "length_targets": 0, "eval_interval": 3}
-    learn(tmp_path / "one", **settings)
-    learn(tmp_path / "four", micro_batch_size=2, **settings)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    two = command(corpus, tmp_path / "two", launcher, **settings)
-    assert subprocess.run(two, env=ENV, capture_output=True, check=False).returncode == 0
+MEAN = {"dataset": "copy", "text": "", "max_steps": 3, "dropout": 0.0, "length_targets": 0, "eval_interval": 3}
+
+
+def check_means(out, other):
     for key in ("loss", "grad_norm", "val_loss"):
-        one = metrics(tmp_path / "one", key)
-        for name in ("four", "two"):
-            assert metrics(tmp_path / name, key) == pytest.approx(one, rel=1e-4)
+        assert metrics(other, key) == pytest.approx(metrics(out, key), rel=1e-4)
+
+
+def test_the_loss_is_the_mean_over_the_targets_of_all_micro_batches(learn, tmp_path):
+    """Rows have answers of many lengths, so that a mean of the parts' means would be another number."""
+    learn(tmp_path / "one", **MEAN)
+    learn(tmp_path / "four", micro_batch_size=2, **MEAN)
+    check_means(tmp_path / "one", tmp_path / "four")
     counts = (task_of("copy").batch(16, 8, (1337, 0), 0)[1] >= 0).sum(1).reshape(4, 2).sum(1)
     assert len(set(counts.tolist())) > 2
     assert metrics(tmp_path / "one", "loss")[1] == pytest.approx(first_loss(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_loss_is_the_mean_over_the_targets_of_all_processes(learn, corpus, tmp_path):
+    learn(tmp_path / "one", **MEAN)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    two = command(corpus, tmp_path / "two", launcher, **MEAN)
+    assert subprocess.run(two, env=ENV, capture_output=True, check=False).returncode == 0
+    check_means(tmp_path / "one", tmp_path / "two")
 
 
 def first_loss():

@@ -14,7 +14,7 @@ import torch
 from tiny import TINY, TORCHRUN, bound, command, finish, run, start
 
 import train
-from core import runs
+from core import optimizers, runs
 from core.errors import UserError
 from core.place import Place
 from core.settings import Config
@@ -436,7 +436,7 @@ def test_weights_that_do_not_fit(learned, tmp_path, refuse):
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
 def test_learning_rate_rises_stays_and_falls(schedule):
     config = Config(schedule=schedule, max_steps=100, warmup=0.1, decay=0.3, final_lr=0.1)
-    rates = [train.learning_rate(config, step) for step in range(100)]
+    rates = [optimizers.learning_rate(config, step) for step in range(100)]
     assert rates[:10] == sorted(rates[:10])
     assert rates[0] == pytest.approx(0.05)
     assert rates[10:] == sorted(rates[10:], reverse=True)

@@ -1,11 +1,11 @@
-"""The encodings beyond posenc.py, in chapters by the place where position enters. A new one is a
-class in any file here.
+"""The encodings beyond posenc.py, in chapters by the place where position enters. A new one is a class in any
+file here.
 
-    absolute     added to the token embeddings, or inside the feed-forward layers
-    rotary       turns queries and keys: what descends from rope
-    biases       adds to the logits, by distance
-    content      adds to the logits, by what the tokens say
-    randomized   other positions for any of them
+absolute     added to the token embeddings, or inside the feed-forward layers
+biases       added to the logits, by distance
+content      added to the logits, by what the tokens say
+rotary       turning queries and keys: what descends from rope
+randomized   other positions for any of them
 """
 
 import importlib

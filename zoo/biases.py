@@ -1,4 +1,9 @@
-"""Biases."""
+"""What is added to the logits because of how far a key lies back, whatever the tokens say.
+
+The hook is `distance_bias(n)`: distances n >= 0 of any shape to (H, *n.shape), added to q k / sqrt(D). A bias by
+distance alone is a table, which a kernel on a GPU reads without ever making (T, S). Where the positions i and j matter
+by themselves too (fire), the hook is `bias(i, j)`. Biases stay in float32: half precision would merge distances.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -87,11 +92,11 @@ class FIRE(Encoding):
         if name in ("steepness", "threshold"):
             parameter.fill_(self.c if name == "steepness" else self.L)
 
-    def bias(self, q_pos, k_pos):
-        with torch.autocast(q_pos.device.type, enabled=False):
+    def bias(self, i, j):
+        with torch.autocast(i.device.type, enabled=False):
             c, dtype = self.steepness.abs(), self.steepness.dtype
-            whole = torch.maximum(q_pos.to(dtype), (self.threshold * self.train_length).abs())[:, None]
-            share = torch.log1p(c * distances(q_pos, k_pos).to(dtype)) / (torch.log1p(c * whole) + 1e-6)
+            whole = torch.maximum(i.to(dtype), (self.threshold * self.train_length).abs())[:, None]
+            share = torch.log1p(c * distances(i, j).to(dtype)) / (torch.log1p(c * whole) + 1e-6)
             return self.outer(F.relu(self.inner(share[..., None]))).movedim(-1, 0)
 
 
@@ -121,9 +126,9 @@ class Sandwich(Encoding):
         compression = self.n_head / (8 * torch.arange(1, self.n_head + 1, device=n.device, dtype=dtype))
         return (along_heads(compression, n) * (waves - half)).to(torch.float32)
 
-    def bias(self, q_pos, k_pos):
-        # One for all layers, in windows up to a chunk.
-        return self.once((q_pos, k_pos), lambda: super(Sandwich, self).bias(q_pos, k_pos))
+    def bias(self, i, j):
+        # All layers share it, in windows of up to a chunk of queries.
+        return self.once((i, j), lambda: super(Sandwich, self).bias(i, j))
 
 
 def clamped(x, low, high=None):

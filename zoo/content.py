@@ -1,4 +1,9 @@
-"""Content."""
+"""What is added to the logits, or replaces them, because of what the tokens say.
+
+The hook is `logits(pairs)`: all of the logits (B, H, T, S), from queries, keys, their positions, and what
+`state(x, last)` keeps for every token beside its key. It gives up the fused kernel, which computes q k / sqrt(D) and
+no more. `values(weights, pairs)` is what attention reads with its weights, to which shaw adds.
+"""
 
 import math
 
@@ -33,17 +38,17 @@ class Shaw(Encoding):
         self.key = nn.Parameter(torch.empty(self.clip + 1, self.head_dim))
         self.value = nn.Parameter(torch.empty(self.clip + 1, self.head_dim)) if self.with_values else None
 
-    def logits(self, q, k, q_pos, k_pos, seen):
-        return super().logits(q, k, q_pos, k_pos, seen) + by_row(
-            q * self.head_dim**-0.5, self.key.to(q.dtype), distances(q_pos, k_pos).clamp(max=self.clip)
-        )
+    def logits(self, pairs):
+        row = distances(pairs.i, pairs.j).clamp(max=self.clip)
+        return super().logits(pairs) + by_row(pairs.q * self.head_dim**-0.5, self.key.to(pairs.q.dtype), row)
 
-    def values(self, weights, q_pos, k_pos):
+    def values(self, weights, pairs):
+        read = super().values(weights, pairs)
         if not self.with_values:
-            return None
-        row = distances(q_pos, k_pos).clamp(max=self.clip).expand_as(weights)
+            return read
+        row = distances(pairs.i, pairs.j).clamp(max=self.clip).expand_as(weights)
         of_rows = weights.new_zeros(*weights.shape[:3], self.clip + 1).scatter_add(-1, row, weights)
-        return of_rows @ self.value.to(weights.dtype)  # the weights of a row's keys, summed, times the row
+        return read + of_rows @ self.value.to(weights.dtype)  # the weights of a row's keys, summed, times the row
 
 
 class TransformerXL(Encoding):
@@ -74,14 +79,14 @@ class TransformerXL(Encoding):
             wave = sinusoids(torch.arange(rows, device=device), self.n_embd, self.base, self.project.weight.dtype)
             return self.project(wave)
 
-    def logits(self, q, k, q_pos, k_pos, seen):
-        n = distances(q_pos, k_pos)
+    def logits(self, pairs):
+        n, q = distances(pairs.i, pairs.j), pairs.q
         rows = rows_beyond(n[-1, 0], self.train_length)
         table = self.once_per_weights((rows,), lambda: self.table(rows, n.device)).to(q.dtype)
         table = table.unflatten(-1, (self.n_head, -1)).transpose(0, 1)  # (H, rows, D)
         q = q * self.head_dim**-0.5
         u, v = (x.to(q.dtype) * self.head_dim**-0.5 for x in (self.u, self.v))
-        return (q + u) @ k.transpose(-2, -1) + by_row(q + v, table, n)
+        return (q + u) @ pairs.k.transpose(-2, -1) + by_row(q + v, table, n)
 
 
 class CoPE(Encoding):
@@ -96,6 +101,7 @@ class CoPE(Encoding):
     """
 
     name = "cope"
+    positionless = True
     arguments = {"max_position": 64}
     chunk = 32
     relative = True
@@ -104,13 +110,13 @@ class CoPE(Encoding):
         self.require(self.max_position >= 2, f"max_position must be at least 2, not {self.max_position}")
         self.weight = nn.Parameter(torch.empty(self.max_position, self.head_dim))
 
-    def logits(self, q, k, q_pos, k_pos, seen):
-        logits = super().logits(q, k, q_pos, k_pos, seen).masked_fill(~seen, -math.inf)
+    def logits(self, pairs):
+        logits = super().logits(pairs).masked_fill(~pairs.seen, -math.inf)
         gate = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         p = gate.sum(-1, keepdim=True) - gate.cumsum(-1) + gate  # the sum from j on
         p = p.clamp(0, self.max_position - 1)
         low = p.detach().long()
-        at = q @ self.weight.to(q.dtype).T  # (B, H, T, max_position)
+        at = pairs.q @ self.weight.to(pairs.q.dtype).T  # (B, H, T, max_position)
         step = F.pad(at.diff(dim=-1), (0, 1))
         return logits + torch.addcmul(at.gather(-1, low), p - low, step.gather(-1, low))
 
@@ -127,6 +133,7 @@ class FoX(Encoding):
     """
 
     name = "fox"
+    positionless = True
     relative = True
 
     def setup(self):
@@ -137,8 +144,8 @@ class FoX(Encoding):
             forget = F.logsigmoid(self.gate(x.to(self.gate.weight.dtype)))  # (B, T, H)
             return {"total": forget.transpose(1, 2)[..., None].cumsum(dim=2) + last.get("total", 0)}
 
-    def logits(self, q, k, q_pos, k_pos, seen, total):
-        return super().logits(q, k, q_pos, k_pos, seen) + (total[:, :, -len(q_pos) :] - total.mT)
+    def logits(self, pairs):
+        return super().logits(pairs) + (pairs.own["total"] - pairs.state["total"].mT)
 
 
 class DAPE(Kerple):
@@ -160,8 +167,9 @@ class DAPE(Kerple):
         self.require(self.width >= 1, f"width must be at least 1, not {self.width}")
         self.inner, self.outer = nn.Linear(2 * self.n_head, self.width), nn.Linear(self.width, self.n_head)
 
-    def logits(self, q, k, q_pos, k_pos, seen):
-        s, b = (q * self.head_dim**-0.5) @ k.transpose(-2, -1), self.bias(q_pos, k_pos)
+    def logits(self, pairs):
+        s = (pairs.q * self.head_dim**-0.5) @ pairs.k.transpose(-2, -1)  # (B, H, T, S)
+        b = self.bias(pairs.i, pairs.j)  # (H, T, S)
         on_s, on_b = self.inner.weight.chunk(2, dim=1)  # (width, H) each; the part of B is the same for all sequences
         from_b = on_b @ b.flatten(1) + self.inner.bias[:, None]
         into, out = (weight.to(s.dtype).expand(len(s), -1, -1) for weight in (on_s, self.outer.weight))

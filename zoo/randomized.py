@@ -1,4 +1,8 @@
-"""Randomized."""
+"""Other positions for any encoding.
+
+The hook is `positions(pos, length)`: indices of tokens to the positions that all other hooks are given. `redraw` is
+called before every training step, the place to draw random ones.
+"""
 
 import torch
 
@@ -39,7 +43,7 @@ class Randomized(Encoding):
 
     def redraw(self, length, generator, device):
         drawn = torch.randperm(self.length, generator=generator)[:length].sort().values
-        # Else the copy waits until the GPU has done all it was given.
+        # A copy that blocks would wait until the GPU has done all that it was given.
         self.drawn = drawn.to(device, non_blocking=torch.device(device).type == "cuda")
 
     def positions(self, pos, length):
@@ -48,8 +52,8 @@ class Randomized(Encoding):
         return pos * max(1, self.length // length)
 
 
-# What `randomized` takes from its inner encoding.
+# The hooks and facts that `randomized` takes from its inner encoding.
 DELEGATED = (
-    "embed", "ffn", "rotate", "distance_bias", "bias", "fold", "state", "logits", "values",
-    "embeds", "biases", "folds", "keeps", "writes_out", "shared", "chunk", "max_length", "way_out",
+    "embed", "ffn", "rotate", "distance_bias", "bias", "state", "logits", "values",
+    "embeds", "biases", "keeps", "writes_out", "shared", "chunk", "max_length", "way_out",
 )  # fmt: skip

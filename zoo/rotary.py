@@ -1,4 +1,12 @@
-"""Rotary."""
+"""What descends from rope: rotations of queries and keys, and what may be laid over a trained rope at test time.
+
+The hook is `rotate(pairs)`, which returns queries and keys transformed by their positions, before the products that
+make the logits. A rotation that stays true as the context grows is done once, as a key enters the cache
+(`rotate_once`); one that depends on the context's length, or on which query looks, is done anew for every call. Rules
+that need another angle for far keys than for near ones have two products, and so override `logits`.
+"""
+
+from dataclasses import replace
 
 import torch
 
@@ -29,10 +37,10 @@ class XPos(RoPE):
         self.require(self.gamma > 0 and self.scale_base > 0, "gamma and scale_base must be above 0")
         self.rotate_once = False
 
-    def rotate(self, q, k, q_pos, k_pos, length):
-        middle = (q_pos[0] + q_pos[-1]) // 2
-        q, k = super().rotate(q, k, q_pos, k_pos, length)
-        return self.scale(q, q_pos - middle), self.scale(k, middle - k_pos)
+    def rotate(self, pairs):
+        middle = (pairs.i[0] + pairs.i[-1]) // 2
+        q, k = super().rotate(pairs)
+        return self.scale(q, pairs.i - middle), self.scale(k, middle - pairs.j)
 
     def scale(self, x, power):
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -64,18 +72,20 @@ class ReRoPE(RoPE):
         self.require(self.leak == 0 or self.leak >= 1, f"leak must be 0 (for infinity) or at least 1, not {self.leak}")
         self.window = self.window or max(1, self.train_length // 2)
 
-    def rotate(self, q, k, q_pos, k_pos, length):
-        return q, k
+    def rotate(self, pairs):
+        return pairs.q, pairs.k  # which `logits` turns, twice
 
-    def far(self, q_pos, k_pos):
-        """Positions (T,), (S,) for distances of the window and beyond."""
+    def far(self, i, j):
+        """Positions of queries (T,) and keys (S,) for distances of the window and beyond."""
         share = 1 / self.leak if self.leak else 0.0
-        return self.window + (q_pos - self.window) * share, k_pos * share
+        return self.window + (i - self.window) * share, j * share
 
-    def logits(self, q, k, q_pos, k_pos, seen):
-        pairs = (q_pos, k_pos), self.far(q_pos, k_pos)
-        near, far = (super(ReRoPE, self).logits(self.turn(q, i), self.turn(k, j), q_pos, k_pos, seen) for i, j in pairs)
-        return torch.where(distances(q_pos, k_pos) < self.window, near, far)
+    def logits(self, pairs):
+        near, far = (
+            super(ReRoPE, self).logits(replace(pairs, q=self.turn(pairs.q, i), k=self.turn(pairs.k, j)))
+            for i, j in ((pairs.i, pairs.j), self.far(pairs.i, pairs.j))
+        )
+        return torch.where(distances(pairs.i, pairs.j) < self.window, near, far)
 
 
 class SelfExtend(ReRoPE):
@@ -97,5 +107,5 @@ class SelfExtend(ReRoPE):
         super().setup()
         self.require(self.group >= 1, f"group must be at least 1, not {self.group}")
 
-    def far(self, q_pos, k_pos):
-        return q_pos // self.group + self.window - self.window // self.group, k_pos // self.group
+    def far(self, i, j):
+        return i // self.group + self.window - self.window // self.group, j // self.group

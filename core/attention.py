@@ -1,0 +1,168 @@
+"""Attention: first written out as it is defined, then the forms that compute the same sooner, and the choice of one.
+
+Shapes: B sequences, T queries, S keys, H heads of width D, H_kv heads of keys and values.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from core.encoding import Pairs
+from core.place import no_compiler
+
+CHUNK = 256  # queries whose logits are computed at once; in longer windows, gradients compute them anew
+BLOCK = 128  # queries, and keys, that flex_attention skips or masks together
+
+
+def written_out(encoding, parts, dropout=0.0):
+    """Attention as it is defined, of the same T queries in every one of `parts`, a list of Pairs: (B, H, T, D).
+
+        y_i = sum_j w_ij v_j,  w_i = softmax over j of s_ij,  s_ij = q_i k_j / sqrt(D) + what the encoding adds
+
+    The keys of several parts stand side by side.
+    """
+    parts = [ready(part) for part in parts]
+    logits = [hidden(encoding, part) for part in parts]  # (B, H, T, S) each
+    weights = (logits[0] if len(parts) == 1 else torch.cat(logits, dim=-1)).softmax(-1)
+    weights = F.dropout(weights.to(parts[0].v.dtype), dropout)
+    shares = weights.split([len(part.j) for part in parts], dim=-1)
+    return functools.reduce(torch.add, map(encoding.values, shares, parts))
+
+
+def ready(pairs):
+    """The Pairs with a mask, and with a key and a value for every head: H / H_kv heads of queries share theirs."""
+    groups = pairs.q.shape[1] // pairs.k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (pairs.k, pairs.v))
+    seen = visible(pairs.i, pairs.j) if pairs.seen is None else pairs.seen
+    return Pairs(pairs.q, k, v, pairs.i, pairs.j, seen, pairs.state, pairs.own, pairs.length)
+
+
+def hidden(encoding, pairs):
+    """The logits of the Pairs (B, H, T, S), with minus infinity for keys that are not seen."""
+    logits = encoding.logits(pairs)
+    if encoding.biases and not encoding.writes_out:  # the bias is minus infinity there already
+        return logits
+    # A sum passes gradients on as they are, where filling would fill the gradient too (docs/log.md).
+    return logits + torch.zeros_like(pairs.seen, dtype=logits.dtype).masked_fill_(~pairs.seen, -math.inf)
+
+
+def visible(i, j, window=None, sinks=0):
+    """Indices of queries (T,) and keys (S,) -> (T, S) bool: keys no later than their query and, with a window W, either
+    at a distance below W or among the first `sinks` tokens."""
+    i = i[:, None]  # compared and not subtracted: differences would be eight bytes for every pair
+    seen = j <= i
+    return seen if window is None else seen & ((j > i - window) | (j < sinks))
+
+
+# These forms compute the same sooner, each where it can. They take (encoding, parts, dropout), as `written_out` does.
+
+
+def fused(encoding, parts, dropout=0.0, mask=None):
+    """Attention by torch's fused kernel, for encodings that leave the logits alone, or add the `mask` (H, T, S)."""
+    (pairs,) = parts
+    mask = pairs.seen if mask is None else mask
+    return F.scaled_dot_product_attention(
+        pairs.q, pairs.k, pairs.v, attn_mask=mask, dropout_p=dropout,
+        # The kernel's own triangle begins at the top left: right for T = S. One query over all keys needs no mask.
+        is_causal=mask is None and len(pairs.i) > 1, scale=pairs.v.shape[-1] ** -0.5,
+        enable_gqa=pairs.q.shape[1] != pairs.k.shape[1],
+    )  # fmt: skip
+
+
+def biased(encoding, parts, dropout=0.0):
+    """Attention by the fused kernel, with the encoding's bias and the causal mask as one mask of numbers."""
+    (pairs,) = parts
+    seen = visible(pairs.i, pairs.j) if pairs.seen is None else pairs.seen
+    mask = encoding.bias(pairs.i, pairs.j).masked_fill(~seen, -math.inf).to(pairs.q.dtype)
+    return fused(encoding, parts, dropout, mask)
+
+
+def chunked(form, encoding, parts, dropout=0.0):
+    """Attention in that form, a few queries at a time over the keys that they can see: memory grows with S, not T S."""
+    T = len(parts[0].i)
+    chunk = min(CHUNK, encoding.chunk) if parts[0].q.device.type == "cpu" else CHUNK
+    if chunk >= T:
+        return form(encoding, parts, dropout)
+    outputs = []
+    for begin in range(0, T, chunk):
+        rows = [part.rows(begin, min(T, begin + chunk)) for part in parts]
+        compute = functools.partial(form, encoding, rows, dropout)
+        recompute = torch.is_grad_enabled() and T > CHUNK  # in the backward pass, instead of keeping the logits
+        outputs.append(checkpoint(compute, use_reentrant=False) if recompute else compute())
+    return torch.cat(outputs, dim=2)
+
+
+def flex(encoding, parts, dropout=0.0):
+    """Attention by a kernel compiled for a bias by distance alone, added in float32. T = S, and nothing is (T, T)."""
+    (pairs,) = parts
+    T, device = len(pairs.i), pairs.q.device
+    table = encoding.distance_bias(torch.arange(T, device=device)).contiguous()  # (H, T)
+    if torch.compiler.is_compiling():
+        attention, mask = flex_attention, triangle(T, device)
+    else:
+        attention, mask = compiled_flex(), kept_triangle(T, device, torch.is_inference_mode_enabled())
+    return attention(
+        pairs.q, pairs.k, pairs.v, scale=pairs.v.shape[-1] ** -0.5, block_mask=mask,
+        enable_gqa=pairs.q.shape[1] != pairs.k.shape[1],
+        score_mod=lambda score, b, h, i, j: score + table[h, (i - j).abs()],  # later keys take any entry, unseen
+    )  # fmt: skip
+
+
+def attend(encoding, parts, dropout=0.0):
+    """Attention of the queries of `parts`, [Pairs] as `Call.parts` gives them, in the form that is soonest and still
+    right -> (B, H, T, D)."""
+    form = choose(encoding, parts, dropout)
+    return form(encoding, parts, dropout) if form in (fused, flex) else chunked(form, encoding, parts, dropout)
+
+
+def choose(encoding, parts, dropout):
+    """The form to compute attention in. In half precision the fused kernel would round biases, which merges distances;
+    and on the CPU its gradient for bfloat16 is several times slower than that of plain products."""
+    q, pairs = parts[0].q, parts[0]
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if encoding.writes_out or len(parts) > 1 or slow:
+        return written_out
+    if not encoding.biases:
+        return fused
+    if not half:
+        return biased
+    whole = pairs.seen is None and len(pairs.i) == len(pairs.j)
+    return flex if whole and encoding.by_distance and not dropout and flexes(q) else written_out
+
+
+def flexes(q):
+    """Whether flex_attention takes q (B, H, T, D). It is compiled for every T, so for whole blocks alone."""
+    able = q.is_cuda and q.shape[2] % BLOCK == 0 and 16 <= q.shape[3] <= 256
+    return able and (torch.compiler.is_compiling() or compiled_flex() is not None)
+
+
+@functools.cache
+def compiled_flex():
+    """flex_attention for models that are not compiled themselves; None where nothing compiles. Its eager form would
+    make (T, T) of everything, and so would a compiled one that gave up after the usual eight lengths."""
+    if no_compiler(torch.device("cuda")):
+        return None
+    return torch._dynamo.config.patch(recompile_limit=64)(torch.compile(flex_attention, dynamic=False))
+
+
+def causal(b, h, i, j):
+    return i >= j
+
+
+def triangle(T, device):
+    """flex_attention's causal mask of T tokens, T a multiple of BLOCK. Its own way to make one starts from (T, T)."""
+    i = torch.arange(T // BLOCK, device=device, dtype=torch.int32)  # row i: block i is masked, those before it are full
+    diagonal, before = i[:, None].expand(-1, len(i)), i.expand(len(i), -1)
+    counted = (torch.ones_like(i), diagonal, i, before)
+    return BlockMask.from_kv_blocks(*(x[None, None].contiguous() for x in counted), BLOCK, causal, seq_lengths=(T, T))
+
+
+@functools.lru_cache(maxsize=8)
+def kept_triangle(T, device, inference):
+    """`triangle`, kept; apart for inference_mode, whose tensors gradients cannot use."""
+    return triangle(T, device)

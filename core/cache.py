@@ -1,0 +1,221 @@
+"""What lies before a call of the model (a cache of keys, fixed slots, a memory of hidden states), and its geometry."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from core.attention import visible
+from core.encoding import Pairs
+from core.errors import require
+
+WHOLE, PIECE = 1 << 14, 512  # tokens that enter an empty cache at once, and one that holds some
+
+
+class Past:
+    """What stands before the tokens of a call: nothing here, keys and values in a Cache, hidden states in a Memory.
+
+    window: queries see keys at a distance below it, besides the first `sinks` tokens; None or 0 means all keys.
+    log_n: queries that see n > T tokens are multiplied by ln n / ln T, which keeps attention from spreading (Su 2021,
+    kexue.fm/archives/8823). total: the number of tokens that will ever enter, for encodings that scale with the
+    context; by default those that have entered so far.
+    """
+
+    fixed = False  # tensors keep their shapes and places, whatever enters
+
+    def __init__(self, window=None, sinks=0, log_n=False, total=0):
+        self.window, self.sinks, self.log_n, self.total = window, sinks, log_n, total
+        self.next = 0  # the position of the next token
+
+    def end(self, count, pos=None):
+        """The position behind `count` tokens that follow, or behind those at positions pos (T,)."""
+        return self.next + count if pos is None else int(pos[-1]) + 1
+
+    def advance(self, pos, end):
+        """Take in the positions (T,) of the tokens that the coming call appends, and the position that follows them;
+        returns the positions of all keys (S,)."""
+        self.next = end
+        return pos
+
+    def extend(self, layer, x):
+        """What enters a layer, x (B, T, C) -> (B, M, C), behind what entered it before."""
+        return x
+
+    def last(self, layer):
+        """{name: (B, H, 1, any)} of the token before those just announced by `advance`, or {}."""
+        return {}
+
+    def append(self, layer, **new):
+        """new: name -> (B, H, T, any) of the tokens just announced; returns name -> (B, H, S, any) of all keys."""
+        return new
+
+
+class Cache(Past):
+    """Keys, values and what else an encoding keeps for every token and layer, preallocated and doubled when full, with
+    the position of every kept token.
+
+    A window bounds it: tokens that no later query can see are dropped, so memory and time per token stay constant.
+    """
+
+    def __init__(self, window=None, sinks=0, log_n=False, total=0):
+        super().__init__(window, sinks, log_n, total)
+        self.length = 0  # tokens held
+        self.new = 0  # those of them that the present call brought
+        self.layers = {}  # layer -> {name: (B, H, capacity, any)}
+        self.pos = None  # (length,)
+
+    def advance(self, pos, end):
+        if self.window and self.length > 2 * (self.window + self.sinks):
+            self.drop(self.length - self.window - self.sinks)
+        self.pos = pos if self.pos is None else torch.cat((self.pos, pos))
+        self.length, self.new, self.next = len(self.pos), len(pos), end
+        return self.pos
+
+    def last(self, layer):
+        index = self.length - self.new
+        return {name: x[:, :, index - 1 : index] for name, x in self.layers.get(layer, {}).items() if index}
+
+    def append(self, layer, **new):
+        held = self.layers.setdefault(layer, {})
+        for name, x in new.items():
+            old = held.get(name)
+            if old is None or old.shape[2] < self.length:
+                room = min(2 * self.length, max(self.length, self.total)) if self.total else 2 * self.length
+                held[name] = x.new_empty(*x.shape[:2], max(64, room), x.shape[3])
+                if old is not None:
+                    held[name][:, :, : old.shape[2]] = old
+            held[name][:, :, self.length - self.new : self.length] = x
+        return {name: x[:, :, : self.length] for name, x in held.items()}
+
+    def drop(self, count):
+        """Forget the `count` oldest tokens after the sinks."""
+        for held in self.layers.values():
+            for x in held.values():
+                x[:, :, self.sinks : self.length - count] = x[:, :, self.sinks + count : self.length].clone()
+        self.pos = torch.cat((self.pos[: self.sinks], self.pos[self.sinks + count :]))
+        self.length -= count
+
+
+class Slots(Cache):
+    """A cache whose tensors keep their shapes and places from token to token, as a compiled model and a CUDA graph need
+    it: room for `total` tokens from the start. It begins with what `cache` holds, takes one token at a time, whose
+    position has to be given, and keeps nothing but keys and values (ValueError). Unused places lie behind the query."""
+
+    fixed = True
+
+    def __init__(self, cache):
+        super().__init__(total=cache.total, log_n=cache.log_n)
+        self.length, self.pos = cache.total, torch.arange(cache.total, device=cache.pos.device)
+        for layer, held in cache.layers.items():
+            require(held.keys() == {"k", "v"}, f"fixed slots hold keys and values, not {', '.join(held)}")
+            self.layers[layer] = {name: x.new_zeros(*x.shape[:2], cache.total, x.shape[3]) for name, x in held.items()}
+            for name, x in self.layers[layer].items():
+                x[:, :, : cache.length] = held[name][:, :, : cache.length]
+                torch._dynamo.mark_static_address(x)
+
+    def end(self, count, pos=None):
+        return self.total  # known without a look at pos, for which a GPU would have to be waited for
+
+    def advance(self, pos, end):
+        self.new = pos
+        return self.pos
+
+    def append(self, layer, **new):
+        for name, x in new.items():
+            self.layers[layer][name].index_copy_(2, self.new, x)
+        return dict(self.layers[layer])
+
+
+class Memory(Past):
+    """Transformer-XL's recurrence (Dai et al. 2019, section 3.2): what entered every layer for the last segment,
+    without its gradient. It stands before the next segment's tokens, so that keys and values reach back over it."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos, self.layers = None, {}  # positions (M,), layer -> (B, M, C)
+
+    def advance(self, pos, end):
+        before, self.pos, self.next = self.pos, pos, end
+        return pos if before is None else torch.cat((before, pos))
+
+    def extend(self, layer, x):
+        before, self.layers[layer] = self.layers.get(layer), x.detach()
+        return x if before is None else torch.cat((before, x), dim=1)
+
+
+def pieces(tokens, cache):
+    """tokens (B, T) in the parts in which they best enter a cache: many where it is empty and has no window, as fused
+    attention then needs no mask; and few, whose masks (T, S) are small, where not."""
+    first = PIECE if cache.length or cache.window else max(PIECE, WHOLE // len(tokens))
+    parts = tokens[:, :first], *tokens[:, first:].split(PIECE, dim=1)
+    return [part for part in parts if part.shape[1]]
+
+
+@dataclass
+class Call:
+    """The geometry of one call of the model, which all its layers share: what stands where, and who sees whom."""
+
+    past: Past
+    pos: Tensor  # (T,) indices of this call's tokens
+    k_pos: Tensor  # (S,) of the keys, whose last are this call's, but in `Slots`
+    seen: Tensor | None  # (T, S) bool; None where every key up to the query's own is seen, and T is 1 or S
+    band: Tensor | None  # (T, S) bool: the keys of a window alone, where it has sinks besides
+    near: Tensor | None  # (T,) indices at which queries meet these sinks
+    length: int  # tokens in the whole context, those to come included
+    reach: int  # of them at most as many are seen at once
+    watch: Callable | None  # see GPT.forward
+
+    @classmethod
+    def of(cls, past, tokens, pos=None, watch=None):
+        """The call that reads tokens (B, T) behind `past`, which takes in their positions."""
+        T, end, consecutive = tokens.shape[1], past.end(tokens.shape[1], pos), pos is None
+        if consecutive:
+            pos = torch.arange(end - T, end, device=tokens.device)
+        k_pos = past.advance(pos, end)
+        length, window, sinks = max(end, past.total), past.window or None, past.sinks
+        reach = min(length, window + sinks) if window else length
+        # One query over a whole cache needs no mask at all, and tokens without a past the kernel's own.
+        unmasked = not window and not past.fixed and (T == 1 or (consecutive and len(k_pos) == T))
+        seen, split = None if unmasked else visible(pos, k_pos, window, sinks), window and sinks
+        band, near = (visible(pos, k_pos, window), pos.clamp(max=reach - 1)) if split else (None, None)
+        return cls(past, pos, k_pos, seen, band, near, length, reach, watch)
+
+    def temper(self, q, trained):
+        """Queries q (B, H, T, D), times ln n / ln T where n > T = `trained` keys are seen, if the past asks for it."""
+        if not self.past.log_n:
+            return q
+        n = (self.pos[:, None] + 1).clamp(trained, max(trained, self.reach))
+        return q * (n.log() / math.log(trained)).to(q.dtype)
+
+    def parts(self, encoding, layer, q, k, v, x):
+        """Queries q (B, H, T, D), and keys and values (B, H_kv, M, D) of the M tokens that entered the layer as
+        x (B, M, C) -> [Pairs] over all keys of the past, rotated, as `attend` takes them.
+
+        There are two where a window has sinks: relative encodings meet those as if they lay just before the window
+        (Xiao et al. 2023, StreamingLLM). At their true distance they would be farther than training showed.
+        """
+        i, j = (encoding.positions(pos, self.length) for pos in (self.pos, self.k_pos))
+        state = encoding.state(x, self.past.last(layer) if encoding.keeps else {})
+        own = {name: kept[:, :, -len(i) :] for name, kept in state.items()}
+        new = Pairs(q, k, v, i, i if k.shape[2] == len(i) else j, self.seen, state, own, self.reach)
+        enters = turn(encoding, new) if encoding.rotate_once else new
+        state = self.past.append(layer, k=enters.k, v=v, **state)
+        held = Pairs(enters.q, state.pop("k"), state.pop("v"), i, j, self.seen, state, own, self.reach)
+        pairs = held if encoding.rotate_once else turn(encoding, held)
+        if self.watch is not None:
+            self.watch(layer, encoding, new, pairs)
+        if self.near is None or not encoding.relative or encoding.positionless:
+            return [pairs]
+        # Keys that were rotated once stay as they are: the queries alone are turned to where they meet the sinks.
+        near = turn(encoding, replace(new if encoding.rotate_once else held, i=self.near))
+        k = pairs.k if encoding.rotate_once else near.k
+        sinks = replace(pairs, q=near.q, k=k, i=self.near, seen=self.seen & ~self.band)
+        return [replace(pairs, seen=self.band), sinks]
+
+
+def turn(encoding, pairs):
+    """The Pairs with queries and keys as the encoding rotates them."""
+    q, k = encoding.rotate(pairs)
+    return replace(pairs, q=q, k=k)

@@ -1,0 +1,191 @@
+"""Records to tables and pictures.
+
+A record is what was measured of one run: {"train_length": T, "lengths": [tokens of context, ...]}, numbers for each of
+these lengths ("loss", "exact", ...), and what made them. A run's length.json is one; a results.json has several, as
+{"made": ..., "runs": {name: record}}. Records of runs with different T share columns, which are multiples of T. Every
+table goes through `pivot`.
+"""
+
+import functools
+import math
+import statistics
+
+from core import report
+from lab import passkey
+
+HOLDS = 1.05  # a length holds while its perplexity is at most so many times that at T
+SAME = float  # a number stands in its table as the record has it
+
+# key: (title of its table, how its numbers are written, where a record has them, what is made of each)
+TABLES = {
+    "exact": ("exact match", "{:.1%}", ["exact"], SAME),
+    "loss": ("nats per token", "{:.3f}", ["loss"], SAME),
+    "non_overlapping": ("perplexity, windows apart", "{:.2f}", ["non_overlapping"], math.exp),
+    "sliding": ("perplexity, windows sliding by L/2", "{:.2f}", ["sliding"], math.exp),
+    "bits_per_byte": ("bits per byte, windows apart", "{:.3f}", ["bits_per_byte"], SAME),
+    "entropy": ("entropy of attention, nats", "{:.2f}", ["attention", "entropy"], SAME),
+    "first": ("attention on the first token", "{:.1%}", ["attention", "first"], SAME),
+}
+
+
+def pivot(heads, cells, multiple="{:.3g} T"):
+    """Cells [(labels of the row, column, text)] -> lines of a Markdown table.
+
+    heads stand above the labels. A column is a multiple of T, which `multiple` writes, or a text. Rows stand as they
+    first come, multiples ascend, texts follow them.
+    """
+    rows = {}
+    for labels, column, text in cells:
+        rows.setdefault(labels, {})[column] = text
+    columns = dict.fromkeys(column for _, column, _ in cells)
+    named = [column for column in columns if isinstance(column, str)]
+    multiples = sorted(columns.keys() - set(named))
+    return report.markdown(
+        [*heads, *map(multiple.format, multiples), *named],
+        [
+            [*labels, *(row.get(at, "no position") for at in multiples), *(row.get(name, "") for name in named)]
+            for labels, row in rows.items()
+        ],
+    )
+
+
+def by_multiple(record, key):
+    """{length / T: number} of one of the TABLES, {} where the record has none. The multiples have three digits, or 1.1
+    T would differ from one T to another."""
+    _, _, path, readable = TABLES[key]
+    numbers = functools.reduce(lambda part, name: part.get(name, {}), path, record)
+    multiples = [float(f"{length / record['train_length']:.3g}") for length in record["lengths"]]
+    return dict(zip(multiples, map(readable, numbers), strict=True)) if numbers else {}
+
+
+def headline(records):
+    """The key of the TABLES that {name: record} are about first of all."""
+    return "exact" if all(by_multiple(record, "exact") for record in records.values()) else "loss"
+
+
+def cells_of(records, key):
+    """{name: record} -> cells of one of the TABLES."""
+    form = TABLES[key][1]
+    return [((name,), at, form.format(x)) for name in records for at, x in by_multiple(records[name], key).items()]
+
+
+def table(records, key=None):
+    """{name: record} -> lines: one of the TABLES at multiples of T, by default the headline."""
+    key = key or headline(records)
+    title, cells = TABLES[key][0], cells_of(records, key)
+    if key in ("exact", "loss"):
+        title += f", {' or '.join(map(str, sorted({record['windows'] for record in records.values()})))} windows"
+    if key == "loss":
+        held = {name: holds_to(record) for name, record in records.items()}
+        cells += [((name,), "holds to", f"{at:.3g} T" if at else "") for name, at in held.items()]
+    return pivot([title], cells)
+
+
+def tables(records):
+    """Every one of the TABLES that all records have numbers for, with an empty line between two."""
+    keys = [key for key in TABLES if all(by_multiple(record, key) for record in records.values())]
+    return [line for key in keys for line in ("", *table(records, key))][1:]
+
+
+def holds_to(record):
+    """The largest length, in T, up to which perplexity is at most HOLDS times that at T wherever it was measured; None
+    where T was not."""
+    T, held = record["train_length"], None
+    loss = dict(zip(record["lengths"], record["loss"], strict=True))
+    for length in (length for length in loss if length >= T and T in loss):
+        if loss[length] > loss[T] + math.log(HOLDS):
+            break
+        held = length / T
+    return held
+
+
+# Runs of several seeds.
+
+
+def mean(records):
+    """Records of several seeds -> one with their means: nested dicts and lists of numbers, of the same form in all."""
+    first = records[0]
+    if isinstance(first, dict):
+        return {key: mean([record[key] for record in records]) for key in first}
+    if isinstance(first, list):
+        return [mean(list(column)) for column in zip(*records, strict=True)]
+    return statistics.fmean(records) if isinstance(first, float) else first
+
+
+def with_error(numbers, form):
+    """Numbers of several seeds -> their mean, with its sign, and its standard error, as text."""
+    error = f" ± {form.format(statistics.stdev(numbers) / math.sqrt(len(numbers)))}" if len(numbers) > 1 else ""
+    return form.replace("{:", "{:+").format(statistics.fmean(numbers)) + error
+
+
+def seeds_table(records, seeds, key):
+    """{name: [record of each seed]} -> lines: mean, every seed, and the paired difference to the first name."""
+    title, form, *_ = TABLES[key]
+    cells, (first, *_) = [], records
+    base = [by_multiple(record, key) for record in records[first]]
+    for name, of_seeds in records.items():
+        numbers = [by_multiple(record, key) for record in of_seeds]
+        for at in numbers[0]:
+            column = [number[at] for number in numbers]
+            cells.append(((name, "mean"), at, f"**{form.format(statistics.fmean(column))}**"))
+            cells += [
+                ((name, f"seed {seed}"), at, form.format(number)) for seed, number in zip(seeds, column, strict=True)
+            ]
+            if name != first and at in base[0]:
+                pairs = [number - other[at] for number, other in zip(column, base, strict=True)]
+                cells.append(((name, f"less {first}"), at, with_error(pairs, form)))
+    return pivot([title, ""], cells)
+
+
+def ratio_table(records):
+    """{name: record} -> lines: perplexity over that at T."""
+    losses = {name: by_multiple(record, "loss") for name, record in records.items()}
+    cells = [
+        ((name,), at, f"{math.exp(nats - loss[1]):.2f}")
+        for name, loss in losses.items()
+        for at, nats in loss.items()
+        if 1 in loss
+    ]
+    return pivot(["perplexity / perplexity at T"], cells)
+
+
+# Pictures.
+
+
+def picture(path, records, seeds=()):
+    """Loss, or exact match, of {name: record} against the length of the context, as a PNG. seeds: {name: [record of
+    each seed]}, drawn as bands."""
+    key = headline(records)
+    label = {"exact": "exact match", "loss": "loss (nats per token)"}[key]
+    series = {name: curve(record, key) for name, record in records.items()}
+    for name in seeds:
+        columns = list(zip(*(curve(record, key)[1] for record in seeds[name]), strict=True))
+        series[name] = *series[name], list(map(min, columns)), list(map(max, columns))
+    report.lines(path, series, "context / training length", label, log_x=True, mark_x=1)
+
+
+def curve(record, key):
+    """([multiple of T, ...], [number, ...]) of one of the TABLES."""
+    numbers = by_multiple(record, key)
+    return list(numbers), list(numbers.values())
+
+
+def pictures(folder, records, seeds=()):
+    """length.png, and what else {name: record} have numbers for, into the folder."""
+    picture(folder / "length.png", records, seeds)
+    by_position, spread = {}, {}
+    for name, record in records.items():
+        if "map" in record:
+            file = f"passkey-{report.slug(name)}.png" if len(records) > 1 else "passkey.png"
+            passkey.picture(folder / file, record["map"])
+        if "by_position" in record:
+            middles, loss = record["by_position"]["position"], record["by_position"]["loss"]
+            by_position[name] = [middle / record["train_length"] for middle in middles], loss
+        if by_multiple(record, "entropy"):
+            spread[name] = curve(record, "entropy")
+    if by_position:
+        labels = "position / training length", "loss (nats per token)"
+        report.lines(folder / "position.png", by_position, *labels, mark_x=1)
+    if spread:
+        labels = "context / training length", "entropy of attention (nats)"
+        report.lines(folder / "attention.png", spread, *labels, log_x=True, mark_x=1)

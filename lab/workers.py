@@ -1,0 +1,155 @@
+"""Runs that are trained and measured by train.py and evaluate.py, in processes of their own, several at once.
+
+Folders are all the memory there is: a run that is finished is not trained again, and one that was measured is not
+measured again. A comparison that was killed therefore goes on where it was, and it can do nothing that a user could
+not.
+"""
+
+import concurrent.futures
+import json
+import os
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from core import runs
+from core.errors import UserError
+from core.settings import Config
+
+ROOT = Path(__file__).parent.parent
+
+
+class Workers:
+    """Scripts in processes of their own, `jobs` at once, which share the cores or take turns on the GPUs.
+
+    jobs: 0 means 1, or one for each GPU. device: torch.device, where they compute. logs: a folder for all they say.
+    """
+
+    def __init__(self, jobs, device, logs):
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        self.jobs, self.logs, self.running, self.stopped = jobs or max(1, gpus), logs, set(), threading.Event()
+        self.devices = queue.Queue()
+        for index in range(self.jobs):
+            self.devices.put(f"cuda:{index % gpus}" if gpus else device.type)
+        self.env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.jobs))}
+
+    def call(self, name, script, *argv):
+        """Run a script to its end; what it prints goes to a file. UserError with the last line of that, if it fails."""
+        log, device = self.logs / f"{name}.log", self.devices.get()
+        try:
+            if self.stopped.is_set():
+                return
+            status = self.wait([sys.executable, str(ROOT / script), *map(str, argv), f"--device={device}"], log)
+        finally:
+            self.devices.put(device)
+        if status and not self.stopped.is_set():
+            said = [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.startswith(script)]
+            why = f"killed by signal {-status}" if status < 0 else said[-1] if said else f"exit status {status}"
+            raise UserError(f"{name}: {why} (all it said is in {log})")
+
+    def wait(self, command, log):
+        """Run the command, its output into the file `log` -> its exit status, below 0 where a signal ended it."""
+        with open(log, "w") as out:
+            process = subprocess.Popen(command, env=self.env, stdout=out, stderr=subprocess.STDOUT)
+            self.running.add(process)
+            if self.stopped.is_set():  # since `call` looked: nobody else would end it
+                process.terminate()
+            status = process.wait()
+            self.running.discard(process)
+        return status
+
+    def all(self, functions):
+        """{key: function that calls us} -> {key: what it returned}. The first failure, Ctrl-C or SIGTERM stops all of
+        them; runs save what they have."""
+
+        def stop(number, frame):
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, stop)
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            keys = {pool.submit(function): key for key, function in functions.items()}
+            try:
+                done = concurrent.futures.as_completed(keys)
+                return {
+                    keys[future]: future.result() for future in tqdm(done, "runs", len(keys), disable=None, unit="")
+                }
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    tqdm.write("stopping; the same command goes on from there", file=sys.stderr)
+                self.stopped.set()
+                for process in list(self.running):
+                    process.terminate()
+                raise
+            finally:
+                signal.signal(signal.SIGTERM, before)
+
+
+def trained(workers, config, argv, checksum, *flags):
+    """Train the run of `config`, or go on with it, and measure it -> {name: record}, as evaluate.py left them.
+
+    argv: what train.py is told, but for seed and folder. checksum: of the corpus. flags: what evaluate.py is told.
+    UserError where a script fails.
+    """
+    folder = Path(config.out_dir)
+    saved, wanted = (
+        settings_of(known, config) for known in (runs.read_json(folder / "config.json"), runs.plain(config))
+    )
+    _, records, _ = left(folder / "reach")
+    # The records are looked at too: a run that was told to go on has its new settings before it has gone.
+    if saved != wanted or not up_to_date(records, config.max_steps, checksum):
+        quiet = "--length_targets=0"  # its closing table would be measured twice
+        workers.call(folder.name, "train.py", quiet, *argv, f"--seed={config.seed}", f"--out_dir={folder}")
+    return measured(workers, folder, config.max_steps, checksum, *flags)
+
+
+def settings_of(saved, config):
+    """The saved settings that have to be those of `config` for a run to be the same one, as JSON, whose keys are text.
+    A run from before a setting existed has its default."""
+    free = runs.MAY_CHANGE - {"max_steps"}
+    free |= set() if config.vocab_size else {"vocab_size"}  # 0 stands for the tokenizer's
+    return {key: json.dumps(value) for key, value in (runs.plain(Config()) | saved).items() if key not in free}
+
+
+def measured(workers, run, step, checksum, *flags):
+    """{name: record} of the run, which is at `step`: those in RUN/reach, where the same call of evaluate.py left them
+    after the run's checkpoint was written, or new ones. UserError where the run is at another step."""
+    folder = run / "reach"
+    argv = [str(run), *flags, f"--out_dir={folder}"]
+
+    def read():
+        command, records, written = left(folder)
+        same = command.startswith(shlex.join(["python", "evaluate.py", *argv]))
+        return same and written >= runs.find(run).stat().st_mtime and up_to_date(records, step, checksum) and records
+
+    if not read():
+        workers.call(f"{run.name}-reach", "evaluate.py", *argv)
+    records = read()
+    if not records and not workers.stopped.is_set():
+        raise UserError(f"{run} is not at step {step}: was it trained further? Choose that --max_steps, or --out_dir")
+    return records
+
+
+def left(folder):
+    """A folder that evaluate.py wrote into -> (its command, {name: record}, the time when it was written)."""
+    for name in ("results.json", "length.json"):  # the second is what it was called first
+        file = folder / name
+        saved = runs.read_json(file)
+        if "runs" in saved:
+            commit = {"commit": saved["made"]["commit"]}
+            records = {name: record | commit for name, record in saved["runs"].items()}
+            return saved["made"]["command"], records, file.stat().st_mtime
+    return "", {}, 0.0
+
+
+def up_to_date(records, step, checksum):
+    """Whether the records are of that step and corpus."""
+    current = [r["step"] == step and r.get("data_checksum", checksum) == checksum for r in records.values()]
+    return bool(current) and all(current)

@@ -1,0 +1,22 @@
+"""An encoding's hooks and attention, called with plain tensors in place of Pairs."""
+
+from core import attention
+from core.encoding import Pairs
+
+
+def pairs(q, k, v, i, j, seen=None, state=None, length=0):
+    """The queries are the last T of the keys' tokens."""
+    state = state or {}
+    return Pairs(q, k, v, i, j, seen, state, {name: x[:, :, -len(i) :] for name, x in state.items()}, length)
+
+
+def rotate(encoding, q, k, i, j, length):
+    return encoding.rotate(pairs(q, k, k, i, j, length=length))
+
+
+def logits(encoding, q, k, i, j, seen, **state):
+    return encoding.logits(pairs(q, k, k, i, j, seen, state))
+
+
+def attend(encoding, q, k, v, i, j, seen=None, state=None, dropout=0.0):
+    return attention.attend(encoding, [pairs(q, k, v, i, j, seen, state)], dropout)

@@ -1,0 +1,41 @@
+"""Small models whose every parameter matters, and random text for them to read."""
+
+import numpy as np
+import torch
+
+import data
+from core.place import Place
+from model import GPT, GPTConfig
+
+CPU = Place(torch.device("cpu"), torch.float32)
+HALF = Place(torch.device("cpu"), torch.bfloat16)
+T = 16
+SIZES = dict(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, train_length=T, zero_init=False)
+
+
+def make(spec="rope", seed=0, **settings):
+    """A model in float64."""
+    model = GPT(GPTConfig(posenc=spec, **(SIZES | settings)), seed).double().eval()
+    torch.manual_seed(7)
+    for parameter in model.posenc.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def blind(spec):
+    """A model whose queries are all zero: what is left are biases."""
+    model = make(spec)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.qkv.weight[: model.config.n_embd])
+    return model
+
+
+def text(count, length, seed=0):
+    return np.random.default_rng(seed).integers(50, size=(count, length))
+
+
+def dataset(lengths, tokens=None):
+    """Validation documents of the given lengths, of numbered tokens unless they are given."""
+    total, starts = sum(lengths), np.cumsum([0, *lengths[:-1]]).tolist()
+    ids = np.arange(total) if tokens is None else tokens
+    return data.Dataset(ids, ids, {"documents": {"val": starts}, "tokens": {"val": total}}, None)
