@@ -17,8 +17,8 @@ from tiny import ENV, TINY, command
 
 import data
 import evaluate
-from core import flags as configs
 from core import measure as probes
+from core import settings
 from core.errors import UserError
 from core.place import Place
 from core.settings import Config
@@ -193,7 +193,7 @@ def test_settings_that_a_task_cannot_have(settings, said):
 
 
 def test_every_task_and_corpus_can_be_chosen():
-    assert set(typing.get_args(configs.Dataset)) == {*TASKS, *data.SOURCES}
+    assert set(typing.get_args(settings.Dataset)) == {*TASKS, *data.SOURCES}
 
 
 # Scoring.
