@@ -38,6 +38,7 @@ def cached(model, tokens, sizes, **cache):
     return torch.cat(logits, dim=1), cache
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("length", [T // 2, T, T + 1, 8 * T])
 @pytest.mark.parametrize("spec", UNBOUNDED)
 def test_cached_logits_equal_the_full_forward(spec, length):
@@ -49,6 +50,7 @@ def test_cached_logits_equal_the_full_forward(spec, length):
         assert cache.length == length
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("spec", [*UNBOUNDED, ["rope", "t5", "none"]])
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory(spec, sinks):
@@ -62,6 +64,7 @@ def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory
     assert not torch.allclose(full, model(tokens))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("spec", [spec for spec in [*UNBOUNDED, ["rope", "t5", "none"]] if spec != "fox"])
 def test_tokens_from_fixed_slots_equal_the_full_forward(spec):
     model, tokens = make(spec), torch.randint(50, (2, 2 * T))

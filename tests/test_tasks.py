@@ -5,7 +5,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import typing
 
 import numpy as np
@@ -13,15 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_train import metrics, same, state
-from tiny import ENV, TINY, command
+from tiny import TINY, command, run
 
 import data
 import evaluate
-from core import flags as configs
 from core import measure as probes
 from core.errors import UserError
 from core.place import Place
-from core.settings import Config
+from core.settings import Config, Dataset
 from data import vocabulary
 from data.tasks import TASKS
 from model import GPT, GPTConfig, generate
@@ -193,7 +191,7 @@ def test_settings_that_a_task_cannot_have(settings, said):
 
 
 def test_every_task_and_corpus_can_be_chosen():
-    assert set(typing.get_args(configs.Dataset)) == {*TASKS, *data.SOURCES}
+    assert set(typing.get_args(Dataset)) == {*TASKS, *data.SOURCES}
 
 
 # Scoring.
@@ -374,9 +372,7 @@ def test_the_loss_is_the_mean_over_the_targets_of_all_micro_batches_and_processe
     settings = {"dataset": "copy", "text": "", "max_steps": 3, "dropout": 0.0, "length_targets": 0, "eval_interval": 3}
     learn(tmp_path / "one", **settings)
     learn(tmp_path / "four", micro_batch_size=2, **settings)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    two = command(corpus, tmp_path / "two", launcher, **settings)
-    assert subprocess.run(two, env=ENV, capture_output=True, check=False).returncode == 0
+    run(corpus, tmp_path / "two", processes=2, **settings)
     for key in ("loss", "grad_norm", "val_loss"):
         one = metrics(tmp_path / "one", key)
         for name in ("four", "two"):

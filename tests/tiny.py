@@ -54,8 +54,8 @@ _OUTPUT = tempfile.TemporaryDirectory(prefix="output-")
 
 
 def prepare_server():
-    """Start the server, unless it runs, that commands are forked from. It has to have one thread, and no OpenMP region behind it, since
-    neither survives a fork."""
+    """Start the server that commands are forked from, unless it runs. It has one thread and has run nothing of OpenMP,
+    since neither survives a fork."""
     if not FORKS:
         return
     modules = ["core.start", "torch", "pytest", "matplotlib.pyplot", "train", "sample", "evaluate", "compare", "tiny"]
