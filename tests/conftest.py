@@ -5,27 +5,24 @@ import subprocess
 import sys
 
 import pytest
-from tiny import ENV, ROOT, run
+from tiny import ROOT, finish, run
 
 from core import errors
 
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script("train.py", "--max_steps=1", cwd=None, env=None): a script of the repository in a process of its own.
+    """run_script("train.py", "--max_steps=1", cwd=None, env=None): a script of the repository in a process of its own;
+    one that lies in a folder, such as hub/export.py, as `python -m hub.export`.
 
     The working directory is tmp_path unless `cwd` says otherwise; `env` is laid over this process's environment.
     """
 
     def start(script, *arguments, cwd=None, env=None):
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, arguments)],
-            cwd=cwd or tmp_path,
-            env=ENV | (env or {}),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
+        module = script.removesuffix(".py").replace("/", ".")
+        words = ["-m", module] if "." in module else [ROOT / script]
+        return finish(
+            [sys.executable, *words, *arguments], cwd=cwd or tmp_path, env={"PYTHONPATH": str(ROOT)} | (env or {})
         )
 
     return start

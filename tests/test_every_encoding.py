@@ -4,14 +4,16 @@ import shutil
 import socket
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from test_train import metrics, same, state
-from tiny import command
+from tiny import bound, command, step_sums, sums
 from torch.nn.parallel import DistributedDataParallel
 
 import posenc
+from core import runs
 from model import GPT, GPTConfig
 from posenc import ENCODINGS
 
@@ -29,25 +31,37 @@ def model_of(spec, n_layer=2):
     return model
 
 
+def nearly(found, expected):
+    """Whether the gradients of two ways differ by rounding alone. Its scale is the model's largest gradient: where
+    terms cancel (a softmax knows no constant, so that fire's last bias gets none), what is added is larger than what
+    comes out."""
+    terms = step_sums(model_of("none").config, tokens=4 * T)
+    rounding = bound(torch.float32, terms, scale=max(x.abs().max().item() for x in expected.values()))
+    return found.keys() == expected.keys() and all(
+        torch.allclose(found[name], expected[name], rtol=0, atol=rounding) for name in expected
+    )
+
+
 def gradients(model, loss):
     loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("spec", ENCODINGS)
-def test_it_learns_in_bfloat16_and_resumes_exactly(spec, corpus, tmp_path, call_script):
-    """50 steps, and the last 25 of them once more from the checkpoint between, end in the same bits."""
+def test_it_learns_in_bfloat16_and_resumes_exactly(spec, corpus, tmp_path, call_script, monkeypatch):
+    """30 steps, and the last 15 of them once more from the checkpoint between, end in the same bits."""
+    monkeypatch.setattr(runs.Log, "draw", lambda log: None)
     settings = dict(
-        posenc=spec, max_steps=50, checkpoint_interval=25, eval_interval=50, dtype="bfloat16", length_targets=0
+        posenc=spec, max_steps=30, checkpoint_interval=15, eval_interval=30, dtype="bfloat16", length_targets=0
     )
     out, again = tmp_path / "run", tmp_path / "again"
     done = call_script("train.py", *command(corpus, out, **settings)[2:])
     assert done.returncode == 0, done.stderr
     loss = metrics(out, "loss")
-    assert loss[50] < loss[1] - 1
+    assert loss[30] < loss[1] - 1
     shutil.copytree(out, again)
     (again / "ckpt_prev.pt").replace(again / "ckpt.pt")
-    assert state(again)["step"] == 25
+    assert state(again)["step"] == 15
     call_script("train.py", *command(corpus, again, **settings)[2:])
     assert same(state(again), state(out) | {"config": state(again)["config"]})
     assert metrics(again, "loss") == loss
@@ -72,16 +86,18 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, tmp_path), nprocs=2)
+    tiny.prepare_server()
+    multiprocessing.start_processes(one_of_two, (port, tmp_path), nprocs=2, start_method=tiny.METHOD)
     tokens = torch.randint(50, (4, T + 1), generator=torch.Generator().manual_seed(5))
     for index, spec in enumerate(TRAINED):
         model = model_of(spec)
         expected = gradients(model, model(tokens[:, :-1], tokens[:, 1:]).mean())
-        for name, gradient in torch.load(tmp_path / f"{index}.pt").items():
-            assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), (spec, name)
+        assert nearly(torch.load(tmp_path / f"{index}.pt"), expected), spec
 
 
-@pytest.mark.parametrize("spec", TRAINED)
+@pytest.mark.parametrize(
+    "spec", [spec if spec in ENCODINGS else pytest.param(spec, marks=pytest.mark.slow) for spec in TRAINED]
+)
 def test_compiled_it_computes_the_same(spec):
     """Traced and differentiated by torch.compile; the generated code itself is torch's to test."""
     tokens = torch.randint(50, (2, T + 1))
@@ -92,9 +108,8 @@ def test_compiled_it_computes_the_same(spec):
         forward = torch.compile(model, backend="aot_eager") if compiled else model
         loss = forward(tokens[:, :-1], tokens[:, 1:]).mean()
         found.append((loss.item(), gradients(model, loss)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for name, gradient in found[0][1].items():
-        assert torch.allclose(gradient, found[1][1][name], rtol=1e-3, atol=1e-5), name
+    assert found[0][0] == pytest.approx(found[1][0], rel=bound(torch.float32, sums(model.config, T)))
+    assert nearly(found[1][1], found[0][1])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +123,8 @@ def test_segments_over_a_memory_equal_the_whole_in_one_layer(spec):
     for parameter in model.posenc.parameters():
         torch.nn.init.normal_(parameter)
     x, y = tokens[:, :-1], tokens[:, 1:]
-    assert torch.allclose(model(x, y, segments=2), model(x, y), rtol=0, atol=1e-10)
+    exact = bound(torch.float64, sums(config, 2 * T), scale=64)  # logits of attention that count are below 64
+    assert torch.allclose(model(x, y, segments=2), model(x, y), rtol=0, atol=exact)
     assert not torch.allclose(model(x[:, T:], y[:, T:]), model(x, y)[:, T:], rtol=0, atol=1e-3)
 
 
