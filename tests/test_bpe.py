@@ -65,7 +65,7 @@ def naive_encode(text, ranks):
     return ids
 
 
-def encoding_of(ranks):
+def tokenizer_of(ranks):
     return tiktoken.Encoding(
         "test", pat_str=bpe.PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
     )
@@ -82,7 +82,7 @@ def test_equals_naive_trainer(name):
     expected, tokens = naive_train([TEXTS[name]], vocab_size=350)
     assert list(ranks.items()) == list(expected.items())
     # What the merges made of the training text is what tiktoken makes of it.
-    assert encoding_of(ranks).encode_ordinary(TEXTS[name]) == tokens
+    assert tokenizer_of(ranks).encode_ordinary(TEXTS[name]) == tokens
 
 
 def test_equals_naive_trainer_on_random_words():
@@ -93,7 +93,7 @@ def test_equals_naive_trainer_on_random_words():
         ranks = bpe.train([text], vocab_size=330)
         expected, tokens = naive_train([text], vocab_size=330)
         assert list(ranks.items()) == list(expected.items())
-        assert encoding_of(ranks).encode_ordinary(text) == naive_encode(text, ranks) == tokens
+        assert tokenizer_of(ranks).encode_ordinary(text) == naive_encode(text, ranks) == tokens
 
 
 def test_first_merges_by_hand():
@@ -132,17 +132,17 @@ def test_hash_seed_does_not_matter(tmp_path):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_shipped_vocabulary_encodes_like_the_textbook(name, shipped):
-    encoding = encoding_of(shipped)
-    ids = encoding.encode_ordinary(TEXTS[name])
-    assert encoding.decode(ids) == TEXTS[name]
+    tokenizer = tokenizer_of(shipped)
+    ids = tokenizer.encode_ordinary(TEXTS[name])
+    assert tokenizer.decode(ids) == TEXTS[name]
     assert ids == naive_encode(TEXTS[name], shipped)
 
 
 def test_pattern_covers_every_character(shipped):
     """tiktoken silently drops what the pattern does not match, so nothing may be left out."""
     everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
-    encoding = encoding_of(shipped)
-    assert encoding.decode(encoding.encode_ordinary(everything)) == everything
+    tokenizer = tokenizer_of(shipped)
+    assert tokenizer.decode(tokenizer.encode_ordinary(everything)) == everything
 
 
 def test_pattern_on_code_and_prose():
@@ -156,10 +156,10 @@ def test_pattern_on_code_and_prose():
 def test_shipped_vocabulary(shipped):
     assert len(shipped) == 4095
     assert all(shipped[bytes([b])] == b for b in range(256))
-    encoding = encoding_of(shipped)
-    assert encoding.n_vocab == 4096 and encoding.eot_token == 4095
+    tokenizer = tokenizer_of(shipped)
+    assert tokenizer.n_vocab == 4096 and tokenizer.eot_token == 4095
     this_file = Path(__file__).read_text(encoding="utf-8")
-    assert len(encoding.encode_ordinary(this_file)) < 0.4 * len(this_file.encode())
+    assert len(tokenizer.encode_ordinary(this_file)) < 0.4 * len(this_file.encode())
 
 
 def test_save_and_load(tmp_path, shipped):
@@ -254,7 +254,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
         "Is a directory": [good, f"--out={folder}", "--force"],
     }
     for expected, args in mistakes.items():
-        monkeypatch.setattr(sys, "argv", ["data/bpe.py", *map(str, args)])
+        monkeypatch.setattr(sys, "argv", ["data.bpe", *map(str, args)])
         with pytest.raises(SystemExit) as exit_status:
             bpe.run(bpe.main)
         captured = capsys.readouterr()

@@ -1,10 +1,9 @@
 """A mistake is one line that names the command, under torchrun too, whoever makes it."""
 
-import subprocess
 import sys
 
 import pytest
-from tiny import ENV, ROOT
+from tiny import ROOT, TORCHRUN, finish
 
 SCRIPT = f"""
 import sys
@@ -25,14 +24,12 @@ errors.run(main)
 """
 
 
-@pytest.mark.parametrize(
-    ("ranks", "speaker"), [(["0"], 0), (["1"], 1), pytest.param(["0", "1"], 0, marks=pytest.mark.slow)]
-)
-def test_one_process_speaks_and_all_leave(tmp_path, ranks, speaker):
+@pytest.mark.parametrize("launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "speaker"), [(["0", "1"], 0), (["0"], 0), (["1"], 1)])
+def test_one_process_speaks_and_all_leave(tmp_path, ranks, speaker, launcher):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *ranks]
-    done = subprocess.run(line, env=ENV, capture_output=True, text=True, check=False, timeout=100)
+    done = finish([sys.executable, *launcher, script, *ranks], processes=1 if launcher else 2)
     assert done.returncode != 0
     assert done.stderr.count("is wrong") == 1
     assert f"\nscript.py: rank {speaker} is wrong\n" in f"\n{done.stderr}"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from test_train import metrics, same, state
-from tiny import command
+from tiny import bound, command, step_sums, sums
 from torch.nn.parallel import DistributedDataParallel
 
 import posenc
@@ -29,6 +29,17 @@ def model_of(spec, n_layer=2):
         torch.nn.init.normal_(parameter)
     model.redraw(T, seed=3)
     return model
+
+
+def nearly(found, expected):
+    """Whether the gradients of two ways differ by rounding alone. Its scale is the model's largest gradient: where
+    terms cancel (a softmax knows no constant, so that fire's last bias gets none), what is added is larger than what
+    comes out."""
+    terms = step_sums(model_of("none").config, tokens=4 * T)
+    rounding = bound(torch.float32, terms, scale=max(x.abs().max().item() for x in expected.values()))
+    return found.keys() == expected.keys() and all(
+        torch.allclose(found[name], expected[name], rtol=0, atol=rounding) for name in expected
+    )
 
 
 def gradients(model, loss):
@@ -81,8 +92,7 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
     for index, spec in enumerate(TRAINED):
         model = model_of(spec)
         expected = gradients(model, model(tokens[:, :-1], tokens[:, 1:]).mean())
-        for name, gradient in torch.load(tmp_path / f"{index}.pt").items():
-            assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), (spec, name)
+        assert nearly(torch.load(tmp_path / f"{index}.pt"), expected), spec
 
 
 @pytest.mark.parametrize(
@@ -98,9 +108,8 @@ def test_compiled_it_computes_the_same(spec):
         forward = torch.compile(model, backend="aot_eager") if compiled else model
         loss = forward(tokens[:, :-1], tokens[:, 1:]).mean()
         found.append((loss.item(), gradients(model, loss)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for name, gradient in found[0][1].items():
-        assert torch.allclose(gradient, found[1][1][name], rtol=1e-3, atol=1e-5), name
+    assert found[0][0] == pytest.approx(found[1][0], rel=bound(torch.float32, sums(model.config, T)))
+    assert nearly(found[1][1], found[0][1])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +123,8 @@ def test_segments_over_a_memory_equal_the_whole_in_one_layer(spec):
     for parameter in model.posenc.parameters():
         torch.nn.init.normal_(parameter)
     x, y = tokens[:, :-1], tokens[:, 1:]
-    assert torch.allclose(model(x, y, segments=2), model(x, y), rtol=0, atol=1e-10)
+    exact = bound(torch.float64, sums(config, 2 * T), scale=64)  # logits of attention that count are below 64
+    assert torch.allclose(model(x, y, segments=2), model(x, y), rtol=0, atol=exact)
     assert not torch.allclose(model(x[:, T:], y[:, T:]), model(x, y)[:, T:], rtol=0, atol=1e-3)
 
 

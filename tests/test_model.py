@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hooks import attend, pairs
+from tiny import bound, step_sums, sums
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -20,6 +21,9 @@ from posenc import ENCODINGS
 
 T = 16
 UNBOUNDED = posenc.every()
+LOGIT = 64  # the largest logit of attention that counts here; its rounding moves the weights by as much
+# Two ways to the same logits of a model in float64, up to 8 T tokens long.
+EXACT = bound(torch.float64, sums(GPTConfig(vocab_size=50, n_layer=2, n_embd=32), keys=8 * T), scale=LOGIT)
 BY_DISTANCE = ["scaled_bias", "alibi", "t5", "kerple", 'kerple(form="power")', "sandwich"]
 
 
@@ -43,6 +47,7 @@ def cached(model, tokens, sizes, **cache):
     return torch.cat(logits, dim=1), cache
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("length", [T // 2, T, T + 1, 8 * T])
 @pytest.mark.parametrize("spec", UNBOUNDED)
 def test_cached_logits_equal_the_full_forward(spec, length):
@@ -50,10 +55,11 @@ def test_cached_logits_equal_the_full_forward(spec, length):
     full = model(tokens)
     for sizes in ([1], [5], [length - 1, 1], [1, 7, 3]):
         logits, cache = cached(model, tokens, sizes)
-        assert torch.allclose(logits, full, rtol=0, atol=1e-11)
+        assert torch.allclose(logits, full, rtol=0, atol=EXACT)
         assert cache.length == length
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("spec", [*UNBOUNDED, ["rope", "t5", "none"]])
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory(spec, sinks):
@@ -61,12 +67,13 @@ def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory
     full = model(tokens, past=Past(T, sinks))
     for sizes in ([5], [1, 7, 3]):
         logits, cache = cached(model, tokens, sizes, window=T, sinks=sinks)
-        assert torch.allclose(logits, full, rtol=0, atol=1e-11)
+        assert torch.allclose(logits, full, rtol=0, atol=EXACT)
         assert cache.length <= 2 * (T + sinks) + 7
         assert max(x.shape[2] for held in cache.layers.values() for x in held.values()) <= 5 * (T + sinks)
     assert not torch.allclose(full, model(tokens))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("spec", [spec for spec in [*UNBOUNDED, ["rope", "t5", "none"]] if spec != "fox"])
 def test_tokens_from_fixed_slots_equal_the_full_forward(spec):
     model, tokens = make(spec), torch.randint(50, (2, 2 * T))
@@ -76,7 +83,7 @@ def test_tokens_from_fixed_slots_equal_the_full_forward(spec):
     places = [x.data_ptr() for held in cache.layers.values() for x in held.values()]
     for index in range(T - 3, 2 * T):
         logits = model(tokens[:, index : index + 1], past=cache, pos=pos)
-        assert torch.allclose(logits[:, 0], full[:, index], rtol=0, atol=1e-11)
+        assert torch.allclose(logits[:, 0], full[:, index], rtol=0, atol=EXACT)
         pos = pos + 1
     assert places == [x.data_ptr() for held in cache.layers.values() for x in held.values()]
 
@@ -101,7 +108,7 @@ def test_sinks_lie_just_before_the_window(name):
     model, tokens = make(name, n_layer=1), torch.randint(50, (2, 8 * T))
     logits, _ = cached(model, tokens, [5], window=T // 2, sinks=3)
     packed = torch.cat((tokens[:, :3], tokens[:, -T // 2 :]), dim=1)
-    assert torch.allclose(logits[:, -1], model(packed)[:, -1], rtol=0, atol=1e-11)
+    assert torch.allclose(logits[:, -1], model(packed)[:, -1], rtol=0, atol=EXACT)
 
 
 def plain_attention(q, k, v, bias, seen):
@@ -131,7 +138,9 @@ def test_attention_is_its_definition(dtype):
             lambda i, j, head=head: -(2.0 ** (-2 * (head + 1))) * (3 + i - j),
             lambda i, j: j <= 3 + i,
         )
-        assert torch.allclose(got[0, head].double(), expected, atol=1e-12 if dtype == torch.float64 else 0.03)
+        # Sums of 8 and of 9 terms. In half precision they are float32's, rounded once each: logits, weights and y.
+        terms = 8 + 9 if dtype == torch.float64 else 3
+        assert torch.allclose(got[0, head].double(), expected, rtol=0, atol=bound(dtype, terms, v.abs().max().item()))
 
 
 def test_causality_is_the_lower_triangle_in_both_paths():
@@ -139,7 +148,8 @@ def test_causality_is_the_lower_triangle_in_both_paths():
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (torch.randn(2, 4, 7, 8).to(dtype) for _ in range(3))
         arguments = encoding("none"), q, k, v, pos, pos
-        assert torch.allclose(attend(*arguments), attend(*arguments, seen=visible(pos, pos)), atol=1e-6)
+        rounding = bound(torch.float32, 8 + 7, scale=v.abs().max().item())  # in half precision both are written out
+        assert torch.allclose(attend(*arguments), attend(*arguments, seen=visible(pos, pos)), rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("spec", UNBOUNDED)
@@ -155,9 +165,11 @@ def test_chunks_of_queries_change_nothing(spec, options, monkeypatch):
         logits.square().sum().backward()
         found.append((logits, [parameter.grad.clone() for parameter in model.parameters()]))
     (whole, gradients), (pieces, others) = found
-    assert torch.allclose(whole, pieces, rtol=0, atol=1e-11)
+    terms, largest = step_sums(model.config, tokens=8 * T), max(one.abs().max().item() for one in gradients)
+    rounding = bound(torch.float64, terms, scale=LOGIT * largest)
+    assert torch.allclose(whole, pieces, rtol=0, atol=EXACT)
     for one, other in zip(gradients, others, strict=True):
-        assert torch.allclose(one, other, rtol=0, atol=1e-9 * (1 + one.abs().max().item()))
+        assert torch.allclose(one, other, rtol=0, atol=rounding)
 
 
 def test_one_query_sees_the_whole_cache():
@@ -180,7 +192,7 @@ def test_grouped_heads_equal_repeated_heads():
         state[name] = torch.cat((q, repeat(k), repeat(v)))
     full.load_state_dict(state)
     tokens = torch.randint(50, (2, T))
-    assert torch.allclose(grouped(tokens), full(tokens), atol=1e-12)
+    assert torch.allclose(grouped(tokens), full(tokens), rtol=0, atol=EXACT)
 
 
 def test_loss_is_cross_entropy_and_masked_targets_count_nothing():
@@ -191,8 +203,8 @@ def test_loss_is_cross_entropy_and_masked_targets_count_nothing():
     for row in range(2):
         for t in range(8):
             expected = 0.0 if targets[row, t] < 0 else -logits[row, t].log_softmax(-1)[targets[row, t]].item()
-            assert loss[row, t].item() == pytest.approx(expected, rel=1e-6)
-    assert torch.allclose(model(tokens, targets[:, -3:], last=3), loss[:, -3:])
+            assert loss[row, t].item() == pytest.approx(expected, rel=bound(torch.float32, 50))  # the vocabulary
+    assert torch.allclose(model(tokens, targets[:, -3:], last=3), loss[:, -3:], rtol=bound(torch.float32, 50))
 
 
 def test_softcap_bounds_logits():
@@ -292,7 +304,7 @@ def test_draw_keeps_what_top_k_and_top_p_say_in_the_right_proportions():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(20000, 4)
     generator = torch.Generator().manual_seed(0)
 
-    def shares(**kwargs):
+    def shares(**kwargs):  # to .02, six standard deviations of 20,000 draws
         options = dict(temperature=1.0, top_k=0, top_p=1.0) | kwargs
         counts = torch.bincount(draw(logits, generator=generator, **options)[:, 0], minlength=4)
         return (counts / counts.sum()).tolist()
@@ -313,7 +325,9 @@ def test_bfloat16_autocast_stays_close_to_float32_for_every_encoding():
         exact = model(tokens)
         with torch.autocast("cpu", torch.bfloat16):
             half = model(tokens)
-        assert (half.float() - exact).abs().max() < 0.1 * exact.std() + 0.05
+        # Every layer rounds to half precision eight times: q k v, logits, weights, y, and once each product after them.
+        rounding = bound(torch.bfloat16, 2 * 8 + 1, scale=exact.std().item())
+        assert (half.float() - exact).abs().max() < rounding
         assert (half.float() - exact).abs().max() > 0
 
 
@@ -326,7 +340,9 @@ def test_half_precision_keeps_distances_apart():
         v[:, :, 4095 - n] = 1
         q_pos, k_pos = torch.tensor([4095]), torch.arange(4096)
         weight = attend(alibi, *(x.bfloat16() for x in (q, k, v)), q_pos, k_pos, seen)[0, 0, 0, 0].item()
-        assert weight == pytest.approx(math.exp(-(n - 3000) / 16) * (1 - math.exp(-1 / 16)), rel=0.01)
+        assert weight == pytest.approx(
+            math.exp(-(n - 3000) / 16) * (1 - math.exp(-1 / 16)), rel=bound(torch.bfloat16, 1)
+        )
 
 
 @pytest.fixture
@@ -356,15 +372,17 @@ def attended(how, spec, T, dtype, device="cpu"):
 @pytest.mark.parametrize("spec", BY_DISTANCE)
 def test_flex_attention_is_what_is_written_out(spec, dtype, flex_on_cpu):
     for got, expected in zip(*(attended(how, spec, 256, dtype) for how in (flex, written_out)), strict=True):
-        error = 1e-4 if dtype == torch.float32 else 1e-12
-        assert torch.allclose(got, expected, rtol=error, atol=error)
+        terms = 3 * (16 + 256) + 2 * 256  # forward, twice as much back, and for parameters a sum over all queries
+        assert torch.allclose(got, expected, rtol=0, atol=bound(dtype, terms, scale=expected.abs().max().item()))
 
 
 def test_a_compiled_model_calls_flex_attention_without_a_break(flex_on_cpu, monkeypatch):
     tokens = torch.randint(50, (1, 256))
-    exact = make("t5")(tokens)
+    exact, rounding = make("t5")(tokens), bound(torch.float64, sums(make("t5").config, 256), scale=LOGIT)
     monkeypatch.setattr(attention, "choose", lambda *_: flex)
-    assert torch.allclose(torch.compile(make("t5"), backend="eager", fullgraph=True)(tokens), exact, atol=1e-11)
+    assert torch.allclose(
+        torch.compile(make("t5"), backend="eager", fullgraph=True)(tokens), exact, rtol=0, atol=rounding
+    )
 
 
 def chosen(spec, q, S=None, seen=None, parts=1, dropout=0.0):
@@ -445,11 +463,13 @@ def test_a_gpu_computes_what_the_cpu_does(spec):
     model, tokens = make(spec).float(), torch.randint(50, (2, 4 * T))
     exact = model(tokens)
     model, tokens = model.cuda(), tokens.cuda()
-    assert torch.allclose(model(tokens).cpu(), exact, atol=1e-3)
-    assert torch.allclose(cached(model, tokens, [7, 1])[0].cpu(), exact, atol=1e-3)
+    rounding = bound(torch.float32, sums(model.config, 4 * T), scale=LOGIT)
+    assert torch.allclose(model(tokens).cpu(), exact, rtol=0, atol=rounding)
+    assert torch.allclose(cached(model, tokens, [7, 1])[0].cpu(), exact, rtol=0, atol=rounding)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cuda", dtype):
-            assert (model(tokens).float().cpu() - exact).abs().max() < 0.1 * exact.std() + 0.05
+            rounding = bound(torch.bfloat16, 2 * 8 + 1, scale=exact.std().item())
+            assert (model(tokens).float().cpu() - exact).abs().max() < rounding
 
 
 def test_a_compiled_model_generates_the_same_text():
@@ -477,7 +497,7 @@ def test_a_token_from_slots_compiles_into_one_graph(spec):
         for index in range(T, T + 3):
             given = tokens[:, :1], torch.tensor([index])
             one, two = (run(given[0], pos=given[1], past=held) for run, held in ((compiled, slots), (model, other)))
-            assert torch.allclose(one, two, rtol=0, atol=1e-11)
+            assert torch.allclose(one, two, rtol=0, atol=EXACT)
 
 
 def test_slots_refuse_what_keeps_more_than_keys_and_values():
@@ -498,8 +518,9 @@ def test_rmsnorm_is_torchs_with_its_gradient(affine):
     here, there = x.clone().requires_grad_(), x.clone().requires_grad_()
     for y in (norm(here), F.rms_norm(there, (8,), norm.weight, 1e-2)):
         (y * torch.arange(8)).sin().sum().backward()
-    assert torch.allclose(norm(x), F.rms_norm(x, (8,), norm.weight, 1e-2), rtol=0, atol=1e-14)
-    assert torch.allclose(here.grad, there.grad, rtol=0, atol=1e-12)
+    for ours, theirs in ((norm(x), F.rms_norm(x, (8,), norm.weight, 1e-2)), (here.grad, there.grad)):
+        # A sum of 8 squares, a root and its inverse; backward twice as much.
+        assert torch.allclose(ours, theirs, rtol=0, atol=bound(torch.float64, 3 * 10, theirs.abs().max().item()))
     assert torch.autograd.gradcheck(norm, (x.clone().requires_grad_(),))
 
 

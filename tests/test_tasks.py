@@ -5,15 +5,14 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import typing
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import metrics, same, state
-from tiny import ENV, TINY, command
+from test_train import metrics, nearly, same, state
+from tiny import TINY, bound, command, run, sums
 
 import data
 from core.errors import UserError
@@ -221,7 +220,7 @@ def test_all_right_is_one():
         result = exact_match(Reader(T), task_of(name), CPU, 5)
         assert result["lengths"] == [64, 128, 192, 256, 384, 512] and result["exact"] == [1.0] * 6
         assert (result["train_length"], result["windows"], result["max_length"]) == (T, 5, None)
-        assert max(result["loss"]) < 1e-6
+        assert max(result["loss"]) < bound(torch.float32, 257)  # a softmax over the vocabulary
 
 
 @pytest.mark.parametrize("budget", [1, 300, 10**6])
@@ -258,9 +257,10 @@ def small(seed=0, train_length=16):
 
 def test_losses_are_means_over_targets():
     model, task = small(), task_of("recall")
+    rounding = bound(torch.float32, sums(model.config, T))
     x, y = map(torch.from_numpy, task.examples(16, 6))
     expected = sum(model(x, y)[y >= 0].tolist()) / int((y >= 0).sum())
-    assert exact_match(model, task, CPU, 6, multiples=(1,))["loss"] == pytest.approx([expected])
+    assert exact_match(model, task, CPU, 6, multiples=(1,))["loss"] == pytest.approx([expected], rel=rounding)
     windows = task.validation(T, 6)
     x, y = map(torch.from_numpy, windows)
     counts = (y >= 0).sum(1)
@@ -269,7 +269,8 @@ def test_losses_are_means_over_targets():
     sizes = vocabulary.byte_lengths(vocabulary.load("bytes"))
     for rows in (1, 4, 6):
         nats, bits = validation_loss(model, windows, sizes, CPU, rows)
-        assert nats == pytest.approx(expected) and bits == pytest.approx(expected / math.log(2))
+        assert nats == pytest.approx(expected, rel=rounding)
+        assert bits == pytest.approx(expected / math.log(2), rel=rounding)
 
 
 @pytest.mark.parametrize(("name", "length"), [("copy", 5), ("reverse", 5), ("addition", 6)])
@@ -368,35 +369,28 @@ def test_lengths_may_grow(learn, tmp_path):
     assert list(metrics(tmp_path / "run", "loss")) == [1, 2, 3, 4]
 
 
-MEAN = {"dataset": "copy", "text": "", "max_steps": 3, "dropout": 0.0, "length_targets": 0, "eval_interval": 3}
-
-
-def check_means(out, other):
-    for key in ("loss", "grad_norm", "val_loss"):
-        assert metrics(other, key) == pytest.approx(metrics(out, key), rel=1e-4)
-
-
-def test_the_loss_is_the_mean_over_the_targets_of_all_micro_batches(learn, tmp_path):
+def test_the_loss_is_the_mean_over_the_targets_of_all_micro_batches_and_processes(learn, corpus, tmp_path):
     """Rows have answers of many lengths, so that a mean of the parts' means would be another number."""
-    learn(tmp_path / "one", **MEAN)
-    learn(tmp_path / "four", micro_batch_size=2, **MEAN)
-    check_means(tmp_path / "one", tmp_path / "four")
+    settings = {"dataset": "copy", "text": "", "max_steps": 3, "dropout": 0.0, "length_targets": 0, "eval_interval": 3}
+    learn(tmp_path / "one", **settings)
+    learn(tmp_path / "four", micro_batch_size=2, **settings)
+    run(corpus, tmp_path / "two", processes=2, **settings)
+    for key in ("loss", "grad_norm", "val_loss"):
+        one = metrics(tmp_path / "one", key)
+        for name in ("four", "two"):
+            assert nearly(one, metrics(tmp_path / name, key))
     counts = (task_of("copy").batch(16, 8, (1337, 0), 0)[1] >= 0).sum(1).reshape(4, 2).sum(1)
     assert len(set(counts.tolist())) > 2
-    assert metrics(tmp_path / "one", "loss")[1] == pytest.approx(first_loss(), rel=1e-5)
+    assert metrics(tmp_path / "one", "loss")[1] == pytest.approx(
+        first_loss(), rel=bound(torch.float32, sums(first_config(), keys=16))
+    )
 
 
-@pytest.mark.slow
-def test_the_loss_is_the_mean_over_the_targets_of_all_processes(learn, corpus, tmp_path):
-    learn(tmp_path / "one", **MEAN)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    two = command(corpus, tmp_path / "two", launcher, **MEAN)
-    assert subprocess.run(two, env=ENV, capture_output=True, check=False).returncode == 0
-    check_means(tmp_path / "one", tmp_path / "two")
+def first_config():
+    return Config(**TINY | {"dataset": "copy", "dropout": 0.0, "vocab_size": 257})
 
 
 def first_loss():
-    config = Config(dataset="copy", **{k: v for k, v in TINY.items() if k != "dataset"} | {"dropout": 0.0})
-    config.vocab_size = 257
+    config = first_config()
     x, y = map(torch.from_numpy, task_of("copy").batch(16, 8, (1337, 0), 0))
     return F.cross_entropy(GPT(config, 1337)(x)[y >= 0], y[y >= 0]).item()

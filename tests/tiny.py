@@ -38,11 +38,23 @@ TINY = {
 def bound(dtype, terms, scale=1.0):
     """The largest difference that rounding explains between two ways to compute a number in `dtype`.
 
-    terms: the roundings on the way to it, which are the length of its sums, added up over the layers of the
-    computation. scale: the size of what is added. Every rounding moves a result by at most eps / 2 of its size, and
-    there are two results: terms * eps * scale (Higham 2002, section 4.2, without the terms in eps^2).
+    terms: the roundings on the way to it: the lengths of its sums, those behind one another added up. scale: the size
+    of what is added. A rounding moves a result by at most eps / 2 of its size, and there are two results, so it is
+    terms * eps * scale, whatever the order in which a machine adds (Higham 2002, section 4.2, to first order in eps).
     """
     return terms * torch.finfo(dtype).eps * scale
+
+
+def sums(config, keys):
+    """The `terms` of a logit of the model that has `keys` keys in sight."""
+    inside = 3 * config.n_embd + config.n_embd // config.n_head + keys + config.hidden
+    return config.n_layer * inside + config.n_embd + config.vocab_size
+
+
+def step_sums(config, tokens):
+    """The `terms` of a gradient over so many tokens, and so of the loss after the step it makes: a gradient goes back
+    through the sums of the forward pass twice, to inputs and to weights, and is summed over the tokens."""
+    return 3 * sums(config, config.train_length) + tokens
 
 
 # ---- processes
@@ -54,8 +66,8 @@ _OUTPUT = tempfile.TemporaryDirectory(prefix="output-")
 
 
 def prepare_server():
-    """Start the server, unless it runs, that commands are forked from. It has to have one thread, and no OpenMP region behind it, since
-    neither survives a fork."""
+    """Start the server that commands are forked from, unless it runs. It has one thread and has run nothing of OpenMP,
+    since neither survives a fork."""
     if not FORKS:
         return
     modules = ["core.start", "torch", "pytest", "matplotlib.pyplot", "train", "sample", "evaluate", "compare", "tiny"]
