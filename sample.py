@@ -20,15 +20,18 @@ import torch
 import posenc
 from core import place as places
 from core import runs
-from core.errors import UserError, require, run
-from core.flags import Dtype, flags, make
+from core.errors import UserError, require, require_range, run
+from core.flags import flags, make
 from core.measure import windowed_losses
+from core.settings import Reading
 from data import vocabulary
 from model import generate
 
 
 @dataclass
-class Options:
+class Options(Reading):
+    """What sample.py can be told, beside the options that it shares with evaluate.py."""
+
     usage: ClassVar[str] = "python sample.py RUN [--key=value ...]"
 
     prompt: str = ""  # text to continue; empty begins a new document
@@ -39,35 +42,98 @@ class Options:
     samples: int = 1  # texts at once; the first is streamed
     seed: int = 1337  # of the draws
     stop: bool = False  # let the end-of-text token be drawn, and end there
-    posenc: str | list = ""  # arguments for the run's encoding, or another encoding, at test time
-    window: int = 0  # attend to the last WINDOW tokens alone, over a cache that stays that small; 0 means to all
-    sinks: int = 0  # with a window, keep the first SINKS tokens in sight too
-    log_n: bool = False  # multiply queries by ln n / ln T where they see n > T tokens
     crop: int = 0  # no cache: re-encode the last CROP tokens for every token; slow, and never past the training length
     compile: bool = False  # compile first, which takes a while, for faster tokens after
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of products; auto is bfloat16 on CUDA, float16 on older CUDA, else float32
 
     def __post_init__(self):
-        for key in ("tokens", "temperature", "top_k", "window", "sinks", "crop"):
-            require(getattr(self, key) >= 0, f"--{key} must not be negative")
-        require(0 < self.top_p <= 1, f"--top_p must lie above 0 and not above 1, not {self.top_p}")
-        require(self.samples >= 1, f"--samples must be at least 1, not {self.samples}")
+        super().__post_init__()
+        require_range(self, "0 or more", "tokens", "temperature", "top_k", "crop")
+        require_range(self, "in 0 ... 1 and above 0", "top_p")
+        require_range(self, "at least 1", "samples")
         require(not (self.crop and self.window), "--crop and --window exclude each other")
-        require(self.window or not self.sinks, "--sinks needs a --window")
-        plain = not (self.crop or self.window)
-        require(plain or not self.compile, "--compile keeps the whole context: leave out --window and --crop")
+        whole = not (self.crop or self.window)
+        require(whole or not self.compile, "--compile keeps the whole context: leave out --window and --crop")
+
+
+def dim(text):
+    """The text as a terminal shows it faintly, and as it is elsewhere."""
+    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() else text
 
 
 class Stream:
-    """Token ids to text on stdout, never half a character."""
+    """Token ids to text on stdout, never half a character, with a mark behind the first `length` tokens."""
 
-    def __init__(self, encoding):
-        self.encoding, self.decoder = encoding, codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, tokenizer, length=None):
+        self.tokenizer, self.length, self.written = tokenizer, length, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.silent = {tokenizer.eot_token, *vocabulary.begin(tokenizer)}
 
     def write(self, ids, final=False):
-        sys.stdout.write(self.decoder.decode(self.encoding.decode_bytes(ids), final))
+        """Print the text of these ids; with `final`, of a character that they leave unfinished too."""
+        for token in ids:
+            if token not in self.silent:
+                sys.stdout.write(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+            self.written += 1
+            if self.written == self.length:
+                print(dim(f"\n[--- {self.length} tokens: the training length ends here ---]"))
+        sys.stdout.write(self.decoder.decode(b"", final))
         sys.stdout.flush()
+
+
+def check(options, model, prompt, count):
+    """UserError for what this model cannot do: `prompt` ids continued by `count` tokens under these options."""
+    T = model.config.train_length
+    if options.crop > T:
+        raise UserError(f"--crop={options.crop} is more than the training length; take --crop={T}")
+    if not options.crop:
+        try:
+            model.check_length(len(prompt) + count - 1)
+        except ValueError as error:
+            raise UserError(f"--tokens={count}: {error}") from None
+    keeps = [encoding.name for encoding in model.posenc if encoding.keeps]
+    if options.compile and keeps:
+        raise UserError(f"--compile: {keeps[0]} keeps more than keys and values for every token; leave out --compile")
+
+
+def write_texts(model, tokenizer, prompt, count, options, place):
+    """Continue `prompt` by `count` tokens, or to an end of text, in options.samples ways; the first is streamed.
+    Returns the ids of each, prompt included, and the seconds it took. Ctrl-C ends them where they are."""
+    end, config = tokenizer.eot_token, model.config
+    # Some ids stand for no text: those that pad the vocabulary, and special tokens.
+    silent = [token for token, text in enumerate(vocabulary.token_bytes(tokenizer)) if not text]
+    silent += range(tokenizer.n_vocab, config.vocab_size)
+    if options.compile:
+        model.to(place.dtype)  # The compiled model would convert every weight for every token.
+    forward, why_not = places.compiled(model, options.compile, place, decoding=True)
+    if why_not:
+        print(why_not, file=sys.stderr)
+    tokens = torch.tensor([prompt] * options.samples, device=place.device)
+    texts, going = [list(prompt) for _ in range(options.samples)], set(range(options.samples))
+    stream = Stream(tokenizer, config.train_length)
+    stream.write(prompt)
+    start = time.perf_counter()
+    try:
+        with place.autocast():
+            for new in generate(
+                model, tokens, count, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+                seed=options.seed, window=options.window or None, sinks=options.sinks, log_n=options.log_n,
+                crop=options.crop or None, forbidden=[token for token in silent if token != end or not options.stop],
+                compiled=None if forward is model else forward,
+            ):  # fmt: skip
+                for index, token in enumerate(new.tolist()):
+                    if token == end:
+                        going.discard(index)
+                    elif index in going:
+                        texts[index].append(token)
+                        if index == 0:
+                            stream.write([token])
+                if not going:
+                    break
+    except KeyboardInterrupt:
+        pass  # The text so far gets its table all the same.
+    seconds = time.perf_counter() - start
+    stream.write([], final=True)
+    return texts, seconds
 
 
 def repeated(ids, n=4):
@@ -77,100 +143,49 @@ def repeated(ids, n=4):
 
 
 def block_table(texts, losses, prompt, T):
-    """texts: ids of each sample, prompt included; losses: nats of their tokens after the first -> lines of a table."""
+    """The lines of a table of loss and repetition in every T tokens. texts: ids of each sample, of which the first
+    `prompt` were given; losses: nats of their tokens after the first."""
     lines = [f"{'tokens':>15}  {'loss':>6}  {'repeated 4-grams':>16}"]
-    for begin in range(prompt // T * T, max(map(len, texts)), T):
+    longest = max(map(len, texts))
+    for begin in range(prompt // T * T, longest, T):
         first, end = max(begin, prompt), begin + T
         nats = [loss for text in losses for loss in text[first - 1 : end - 1]]
         grams = [repeated(text[first:end]) for text in texts if len(text) > first]
-        last = min(end, max(map(len, texts))) - 1
-        lines.append(f"{f'{first} - {last}':>15}  {sum(nats) / len(nats):6.3f}  {sum(grams) / len(grams):16.1%}")
+        span = f"{first} - {min(end, longest) - 1}"
+        lines.append(f"{span:>15}  {sum(nats) / len(nats):6.3f}  {sum(grams) / len(grams):16.1%}")
     return lines
 
 
 def main(argv):
-    paths, given = flags(argv, Options)
-    options = make(Options, given)
+    paths, settings = flags(argv, Options)
+    options = make(Options, settings)
     if len(paths) != 1:
         raise UserError(f"name one run; usage: {Options.usage}")
-    device = places.choose(options.device, options.dtype, inference=True)
-    ways = [options.posenc, ""] if options.posenc else [""]
-    opened, *as_trained = runs.open_runs(paths[0], ways, device.device)
-    model, config, encoding = opened.model, opened.config, opened.tokenizer
+    place = places.choose(options.device, options.dtype, inference=True)
+    overrides = [options.posenc, ""] if options.posenc else [""]
+    opened, *as_trained = runs.open_runs(paths[0], overrides, place.device)
+    model, config, tokenizer = opened.model, opened.config, opened.tokenizer
     if not posenc.derives(config.posenc, opened.trained):
         print(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense", file=sys.stderr)
     T, count = config.train_length, options.tokens or 8 * config.train_length
-    end, begin = encoding.eot_token, vocabulary.begin(encoding)
-    unsaid = {end, *begin}
-    prompt = [*begin, *encoding.encode_ordinary(options.prompt)] or [end]
-    if not options.crop:
-        try:
-            model.check_length(len(prompt) + count - 1)
-        except ValueError as error:
-            raise UserError(f"--tokens={count}: {error}") from None
-    elif options.crop > T:
-        raise UserError(f"--crop={options.crop} is more than the training length; take --crop={T}")
-    keeps = [one.name for one in model.posenc if one.keeps]
-    if options.compile and keeps:
-        raise UserError(f"--compile: {keeps[0]} keeps more than keys and values for every token; leave out --compile")
-    if options.compile:
-        model.to(device.dtype)  # or the compiled model would cast every weight for every token
-    forward, why_not = places.compiled(model, options.compile, device, decoding=True)
-    if why_not:
-        print(why_not, file=sys.stderr)
-    # What stands for no text is never drawn: padding of the vocabulary, special tokens.
-    silent = [token for token, text in enumerate(vocabulary.token_bytes(encoding)) if not text]
-    silent += range(encoding.n_vocab, config.vocab_size)
-    tokens = torch.tensor([prompt] * options.samples, device=device.device)
+    prompt = [*vocabulary.begin(tokenizer), *tokenizer.encode_ordinary(options.prompt)] or [tokenizer.eot_token]
+    check(options, model, prompt, count)
 
-    colour = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
     sys.stdout.reconfigure(errors="replace")
-    stream, texts = Stream(encoding), [list(prompt) for _ in range(options.samples)]
-    open_texts = set(range(options.samples))
-    mark = f"\n{colour[0]}[--- {T} tokens: the training length ends here ---]{colour[1]}"
     if options.samples > 1:
-        print(f"{colour[0]}[--- sample 1 ---]{colour[1]}")
-    stream.write([token for token in prompt[:T] if token not in unsaid])
-    if len(prompt) >= T:
-        print(mark)
-    stream.write([token for token in prompt[T:] if token not in unsaid])
-    start = time.perf_counter()
-    try:
-        with device.autocast():
-            for new in generate(
-                model, tokens, count, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-                seed=options.seed, window=options.window or None, sinks=options.sinks, log_n=options.log_n,
-                crop=options.crop or None, forbidden=[token for token in silent if token != end or not options.stop],
-                compiled=None if forward is model else forward,
-            ):  # fmt: skip
-                drawn = new.tolist()
-                for index in sorted(open_texts):
-                    token = drawn[index]
-                    if token == end:
-                        open_texts.discard(index)
-                        continue
-                    texts[index].append(token)
-                    if index == 0:
-                        stream.write([token])
-                        if len(texts[0]) == T:
-                            print(mark)
-                if not open_texts:
-                    break
-    except KeyboardInterrupt:
-        pass  # what there is gets its table all the same
-    seconds = time.perf_counter() - start
-    stream.write([], final=True)
+        print(dim("[--- sample 1 ---]"))
+    texts, seconds = write_texts(model, tokenizer, prompt, count, options, place)
     for index, text in enumerate(texts[1:], start=2):
-        print(f"\n\n{colour[0]}[--- sample {index} ---]{colour[1]}")
-        Stream(encoding).write([token for token in text if token not in unsaid], final=True)
+        print(dim(f"\n\n[--- sample {index} ---]"))
+        Stream(tokenizer).write(text, final=True)
 
     made = sum(len(text) - len(prompt) for text in texts)
-    print(f"\n\n{colour[0]}{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s")
+    print("\n\n" + dim(f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s"))
     if made:
         judge = as_trained[0].model if as_trained else model
-        losses = [windowed_losses(judge, torch.tensor([text]), T, max(1, T // 2), device)[0].tolist() for text in texts]
-        print(f"loss of the generated text, in nats per token, with at most T = {T} tokens of context:")
-        print("\n".join(block_table(texts, losses, len(prompt), T)) + colour[1])
+        losses = [windowed_losses(judge, torch.tensor([text]), T, max(1, T // 2), place)[0].tolist() for text in texts]
+        title = f"loss of the generated text, in nats per token, with at most T = {T} tokens of context:"
+        print(dim("\n".join([title, *block_table(texts, losses, len(prompt), T)])))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python compare.py rope 'rope(scaling="yarn", factor=4)' --common=configs/extend.
 """
 
 init_from = "out/rope"
-train_length = 4 * 128
+train_length = 512
 length_schedule = {0.0: 256, 0.5: 512}  # at the same number of tokens in a step
 batch_size = 8
 max_steps = 100

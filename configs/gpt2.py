@@ -13,5 +13,5 @@ max_steps = 19000  # 9.3 billion tokens
 learning_rate = 2e-3
 warmup = 0.01
 eval_interval = 250
-eval_tokens = 2**20
+eval_tokens = 1048576
 checkpoint_interval = 1000

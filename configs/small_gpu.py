@@ -9,5 +9,5 @@ batch_size = 64
 max_steps = 3000
 learning_rate = 3e-3
 eval_interval = 250
-eval_tokens = 2**18
+eval_tokens = 262144
 checkpoint_interval = 500

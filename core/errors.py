@@ -14,33 +14,58 @@ class UserError(Exception):
 
 
 def require(condition, message):
+    """ValueError with this message, unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
+RANGES = {  # a range in words -> whether a number lies in it; not-a-number lies in none
+    "at least 1": lambda x: x >= 1,
+    "0 or more": lambda x: x >= 0,
+    "in 0 ... 1": lambda x: 0 <= x <= 1,
+    "in 0 ... 1 and below 1": lambda x: 0 <= x < 1,
+    "in 0 ... 1 and above 0": lambda x: 0 < x <= 1,
+}
+
+
+def require_range(settings, words, *keys):
+    """ValueError for an attribute of `settings` that does not lie in the range which `words` names, a key of RANGES."""
+    for key in keys:
+        value = getattr(settings, key)
+        require(RANGES[words](value), f"{key} must be {words}, not {value}")
+
+
 def nearest(word, known, cutoff=0.6):
-    """'did you mean X?', or all that is known where nothing is as similar as `cutoff`."""
+    """'did you mean X?', or all that is known where nothing is as similar as `cutoff` (0 ... 1)."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f"did you mean '{match[0]}'?" if match else f"choose from {', '.join(known)}"
 
 
+def program():
+    """How the running program is called: train.py, or lab.bench for `python -m lab.bench`."""
+    spec = sys.modules["__main__"].__spec__  # `python -m` alone sets it
+    return spec.name.removesuffix(".__main__") if spec else os.path.basename(sys.argv[0])
+
+
 def run(main):
-    """Call main(argv) of a script and turn a UserError, or what the file system refuses, into one line."""
+    """Call main(argv) of a command and exit with its status. A UserError, or what the file system refuses, is one line
+    and status 2."""
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail again
+    except BrokenPipeError:  # The reader of our output left, as `| head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Flushing at exit would fail again.
         sys.exit(0)
     except Exception as error:
         mistake, rank = isinstance(error, UserError | OSError), int(os.environ.get("LOCAL_RANK", "0"))
-        # Under torchrun one process of a machine speaks, and as it leaves, torchrun ends the others, which wait here.
-        # So what one of them alone ran into is said after all, and no lost connection where the other end said why.
+        # Under torchrun one process of each machine speaks, and when it leaves, torchrun ends the others, which wait
+        # here. A mistake of another process alone is said after that wait, and a connection that was lost because the
+        # first one left is not reported at all.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (mistake and rank == 0):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE + rank)
         if not mistake:
             raise
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program()}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

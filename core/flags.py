@@ -1,13 +1,15 @@
-"""Settings of any dataclass: literal config files that merge left to right, and `--key=value` flags on top.
+"""Settings of any dataclass: config files of literals that merge left to right, and `--key=value` flags on top.
 
-A config file is plain assignments of literals (arithmetic on numbers allowed). It is read, never run. Every mistake is
-a UserError that names the file or flag and the nearest key. The comment beside a field is its line in `--help`.
+A config file is plain assignments of literals. It is read, never run. Every mistake is a UserError that names the file
+or flag and the nearest key. The comment beside a field is its line in `--help`.
 """
 
+import argparse
 import ast
 import dataclasses
+import functools
 import inspect
-import operator
+import itertools
 import re
 import typing
 from pathlib import Path
@@ -18,59 +20,28 @@ from core.errors import UserError, nearest
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def parse_literal(text):
-    """The value of a literal expression, which is never evaluated; ValueError for anything else."""
-    try:
-        return literal(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, RecursionError, MemoryError):  # the last two for thousands of nested signs
-        raise ValueError("not a literal") from None
+# Reading literals.
+
+
+class Lowercase(ast.NodeTransformer):
+    """`true` and `false` mean True and False."""
+
+    def visit_Name(self, node):
+        return ast.Constant(node.id == "true") if node.id in ("true", "false") else node
 
 
 def literal(node):
-    match node:
-        case ast.Constant():
-            value = node.value
-        case ast.Name(id="true" | "false"):
-            value = node.id == "true"
-        case ast.List() | ast.Tuple():
-            value = [literal(item) for item in node.elts]
-        case ast.Dict():
-            value = [(literal(key), literal(item)) for key, item in zip(node.keys, node.values, strict=True)]
-            if any(isinstance(key, list | dict) for key, _ in value):
-                raise ValueError("a list or a dict cannot be a key")
-            value = dict(value)
-        case ast.UnaryOp() if type(node.op) in OPERATORS:
-            value = arithmetic(node.op, literal(node.operand))
-        case ast.BinOp() if type(node.op) in OPERATORS:
-            value = arithmetic(node.op, literal(node.left), literal(node.right))
-        case _:
-            raise ValueError("not a literal (a number, text in quotes, True, a list, a dict)")
-    if type(value) in (int, float) and not abs(value) < 1e30:
-        raise ValueError("numbers go to 1e30")
-    return value
-
-
-def arithmetic(op, *numbers):
-    if any(type(number) not in (int, float) for number in numbers):
-        raise ValueError("arithmetic is for numbers")
-    if isinstance(op, ast.Pow) and abs(numbers[1]) > 64:
-        raise ValueError("exponents go to 64")
+    """The value of a parsed expression, which is never run. ValueError for anything but a literal."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.BinOp):
+            raise ValueError("arithmetic is not computed here; write the number, such as 512 for 4 * 128")
+        value = getattr(part, "value", None)
+        if type(value) in (int, float) and not abs(value) < 1e30:
+            raise ValueError("numbers go to 1e30")
     try:
-        return OPERATORS[type(op)](*numbers)
-    except ArithmeticError as error:
-        raise ValueError(str(error)) from None
-
-
-OPERATORS = {
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Pow: operator.pow,
-}
+        return ast.literal_eval(Lowercase().visit(node))
+    except (ValueError, TypeError):
+        raise ValueError("not a literal (a number, text in quotes, True, a list, a dict)") from None
 
 
 def read(path, cls):
@@ -100,12 +71,30 @@ def read(path, cls):
     return settings
 
 
+# Types of the fields.
+
+
+def field_type(key, cls, where):
+    """The type of the field `key` of cls. UserError names the nearest key where there is none."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    if key not in known:
+        raise UserError(f"{where}: unknown key '{key}'; {nearest(key, known, cutoff=0)}")
+    return typing.get_type_hints(cls)[key]
+
+
+def default(key, cls):
+    """The default of the field `key` of cls."""
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == key)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def convert(value, key, cls, where):
-    """value as the type of field `key` of cls: an int serves for a float, 1e4 for an int. UserError otherwise."""
+    """value as the type of the field `key` of cls: an int serves for a float, 1e4 for an int, a tuple for a list.
+    UserError otherwise, which begins with `where`."""
     hint = field_type(key, cls, where)
     allowed = typing.get_args(hint) or (hint,)
     if typing.get_origin(hint) is Literal:
-        # type first: 1 == True
+        # The type is compared too, since 1 == True.
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
             expected = ", ".join(str(choice) for choice in allowed)
             raise UserError(f"{where}: {key} is {value!r}; choose from {expected}")
@@ -114,29 +103,27 @@ def convert(value, key, cls, where):
         return float(value)
     if int in allowed and type(value) is float and value.is_integer():
         return int(value)
+    if list in allowed and type(value) is tuple:
+        return list(value)
     if type(value) not in allowed:
         expected = " or ".join(kind.__name__ for kind in allowed)
         raise UserError(f"{where}: {key} is {value!r}; expected {expected}, such as {default(key, cls)!r}")
     return value
 
 
-def convert_flag(text, key, cls, where):
-    """A flag's text as the type of field `key`: text fields take it as it is, all others as a literal."""
-    hint = field_type(key, cls, where)
+def convert_flag(text, key, cls):
+    """A flag's text as the type of the field `key`: text fields take it as it is, all others as a literal."""
+    hint = field_type(key, cls, f"--{key}")
     if hint is str or (str in typing.get_args(hint) and not text.lstrip().startswith(("[", "("))):
         return text
     try:
-        value = parse_literal(text)
-    except ValueError:
+        value = literal(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two for thousands of nested signs
         value = text
-    return convert(value, key, cls, where)
+    return convert(value, key, cls, f"--{key}")
 
 
-def field_type(key, cls, where):
-    known = [one.name for one in dataclasses.fields(cls)]
-    if key not in known:
-        raise UserError(f"{where}: unknown key '{key}'; {nearest(key, known, cutoff=0)}")
-    return typing.get_type_hints(cls)[key]
+# The command line.
 
 
 def flags(argv, cls):
@@ -145,32 +132,55 @@ def flags(argv, cls):
     --key=value, --key value, and --key alone for a switch. The fields that cls.repeats names may be given several times
     and become lists. --help prints every field of cls and exits.
     """
-    words, positional, settings = list(argv), [], {}
-    while words:
-        word = words.pop(0)
-        if word in ("--help", "-h"):
-            print(help_text(cls))
-            raise SystemExit(0)
-        if not word.startswith("--"):
-            if word.startswith("-"):
-                raise UserError(f"{word} has one dash; write -{word}")
-            positional.append(word)
-            continue
-        key, given, text = word[2:].partition("=")
-        key = key.replace("-", "_")
-        hint = field_type(key, cls, word)
-        if not given:
-            switch = hint is bool or True in typing.get_args(hint)
-            values = {"true", "false", *map(str, typing.get_args(hint))}
-            if switch and (not words or words[0].lower() not in values):
-                text = "True"
-            elif not words or words[0].startswith("--"):
-                raise UserError(f"{word} needs a value: {word}={default(key, cls)!r}, say")
-            else:
-                text = words.pop(0)
-        value = convert_flag(text, key, cls, f"--{key}")
-        settings[key] = [*settings.get(key, []), value] if key in getattr(cls, "repeats", ()) else value
-    return positional, settings
+    argv = list(argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls))
+        raise SystemExit(0)
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+    )
+    for field in dataclasses.fields(cls):
+        action = "append" if field.name in getattr(cls, "repeats", ()) else "store"
+        kind = functools.partial(convert_flag, key=field.name, cls=cls)
+        parser.add_argument(f"--{field.name}", action=action, type=kind)
+    try:
+        settings, words = parser.parse_known_args(spelled_out(argv, cls))
+    except argparse.ArgumentError as error:
+        flag = error.argument_name
+        raise UserError(f"{flag} needs a value: {flag}={default(flag[2:], cls)!r}, say") from None
+    for word in words:
+        if word.startswith("--"):
+            field_type(word[2:].partition("=")[0], cls, word)
+        elif word.startswith("-"):
+            raise UserError(f"{word} has one dash; write -{word}")
+    return words, vars(settings)
+
+
+def spelled_out(argv, cls):
+    """The words as argparse takes them: keys with underscores, and a switch alone as --key=True, or the word behind it
+    would be its value."""
+    hints, words = typing.get_type_hints(cls), []
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        flag, equals, text = word.partition("=")
+        if text == "--":
+            raise UserError(f"{word}: two dashes are no value by themselves")  # argparse of Python 3.11 drops them
+        if word.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+            choices = typing.get_args(hints.get(flag[2:])) or (hints.get(flag[2:]),)
+            is_switch = bool in choices or True in choices
+            if is_switch and not equals and following.lower() not in ("true", "false", *map(str, choices)):
+                equals, text = "=", "True"
+        words.append(flag + equals + text)
+    return words
+
+
+def parse(argv, cls):
+    """Command line -> (names of the config files, {key: value}): files merge left to right, flags come last."""
+    files, from_flags = flags(argv, cls)
+    settings = {}
+    for file in files:
+        settings |= read(file, cls)
+    return [Path(file).stem for file in files], settings | from_flags
 
 
 def make(cls, settings):
@@ -181,27 +191,14 @@ def make(cls, settings):
         raise UserError(str(error)) from None
 
 
-def parse(argv, cls):
-    """Command line -> (names of the config files, {key: value}): files merge left to right, flags come last."""
-    files, given = flags(argv, cls)
-    settings = {}
-    for file in files:
-        settings |= read(file, cls)
-    return [Path(file).stem for file in files], settings | given
-
-
-def default(key, cls):
-    one = next(one for one in dataclasses.fields(cls) if one.name == key)
-    return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-
-
 def help_text(cls):
     """One line for every key: name, default, and the comment beside it in the source."""
-    lines = [f"usage: {cls.usage}", ""]
+    lines, comments = [f"usage: {cls.usage}", ""], {}
     for base in reversed(cls.__mro__[:-1]):
-        for key, comment in re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(base), re.MULTILINE):
-            hint = typing.get_type_hints(cls)[key]
-            choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-            allowed = f" [{' | '.join(map(str, choices))}]" if choices else ""
-            lines.append(f"  --{key}={default(key, cls)!r}".ljust(34) + f" {comment}{allowed}")
+        comments |= re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(base), re.MULTILINE)
+    for key, comment in comments.items():
+        hint = typing.get_type_hints(cls)[key]
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        allowed = f" [{' | '.join(map(str, choices))}]" if choices else ""
+        lines.append(f"  --{key}={default(key, cls)!r}".ljust(34) + f" {comment}{allowed}")
     return "\n".join(lines)

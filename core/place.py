@@ -16,38 +16,47 @@ import torch.distributed as dist
 
 from core.errors import UserError
 
+# Peak of dense bfloat16 products in FLOP/s, from the vendor's data sheets.
+PEAK = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "RTX 4090": 165e12, "V100": 125e12,
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass
 class Place:
-    """One process's place in a run."""
+    """Where one process of a run computes."""
 
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights are float32
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
+    rank: int = 0  # of this process among all of the run
+    world: int = 1  # processes of the run
+    local_rank: int = 0  # of this process among those of its machine
 
     @property
     def main(self):
-        """The one process that prints and writes."""
+        """Whether this is the one process that prints and writes."""
         return self.rank == 0
 
     @property
     def dtype_name(self):
-        """As the setting `dtype` has it."""
+        """The dtype as the setting of that name has it: "bfloat16", say."""
         return str(self.dtype).removeprefix("torch.")
 
     def autocast(self):
+        """A context in which matrix products are computed in `dtype`."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def barrier(self):
+        """Wait until all processes have come here."""
         if self.world > 1:
             dist.barrier()
 
     def sum(self, *values):
-        """Every value (float) added up over the processes, in float64 where the device has it."""
+        """Every value (float) added up over the processes, in float64: a tuple of as many."""
         if self.world == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -55,21 +64,24 @@ class Place:
         return tuple(total.tolist())
 
     def send(self, x):
-        """x there. To CUDA it goes from pinned memory, in one piece: else the copy waits for all the GPU does."""
+        """The tensor x on the device. To CUDA it goes from pinned memory, in one piece: then the copy does not wait for
+        what the GPU computes."""
         if self.device.type == "cuda":
             return x.contiguous().pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device)
 
     def prepare(self, model):
-        """Put a model there that is not going to be trained. Its layers' weights take the dtype of products once, which
-        `autocast` would convert in every call."""
+        """Put a model on the device that is not going to be trained. The weights of its linear layers are converted to
+        `dtype` once, which `autocast` would do in every call."""
         model.to(self.device)
-        model.head.weight = torch.nn.Parameter(model.head.weight.detach())  # tied no more: embeddings stay as they are
+        # A tied head becomes a copy, so that the embeddings keep their dtype.
+        model.head.weight = torch.nn.Parameter(model.head.weight.detach())
         for module in (*model.blocks.modules(), model.head):
             if isinstance(module, torch.nn.Linear):
                 module.to(self.dtype)
 
     def synchronize(self):
+        """Wait until the device has done what it was given."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
@@ -90,43 +102,50 @@ class Place:
 
 
 def choose(device="auto", dtype="auto", inference=False):
-    """Settings -> Place. Joins the process group when `torchrun` started this process.
+    """The settings `device` and `dtype` -> Place. Joins the process group when `torchrun` started this process.
 
     auto takes CUDA, then MPS, then the CPU; and bfloat16 where the hardware multiplies it, else float16 on CUDA, else
     float32. Decoding on the CPU is bound by memory and gains nothing from bfloat16, so `inference` takes float32 there.
     UserError for what this machine lacks.
     """
-    rank, world, local_rank = (int(os.environ.get(key, fallback)) for key, fallback in
-                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device={device}: choose from auto, cpu, cuda, cuda:1, mps") from None
-    if chosen.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device={device}: choose from auto, cpu, cuda, cuda:1, mps")
-    if chosen.type == "cuda":
-        index = local_rank if world > 1 else chosen.index or 0
-        if index >= torch.cuda.device_count():
-            raise UserError(f"--device={device}: this machine has {torch.cuda.device_count()} CUDA devices")
-        chosen = torch.device("cuda", index)
-        torch.cuda.set_device(chosen)
+    rank, world, local_rank = (
+        int(os.environ.get(key, fallback)) for key, fallback in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = find_device(device, world, local_rank)
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device={device}: this machine has no MPS")
-    if chosen.type == "mps" and world > 1:
-        raise UserError("torchrun needs --device=cpu or cuda: MPS knows no processes")
     if world > 1 and not dist.is_initialized():
-        cuda = chosen.type == "cuda"
         patience = datetime.timedelta(hours=3)  # while one process prepares a large corpus
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=chosen if cuda else None)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    chosen_dtype = best_dtype(chosen, inference) if dtype == "auto" else dtypes[dtype]
-    return Place(chosen, chosen_dtype, rank, world, local_rank)
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=patience, device_id=device if on_cuda else None)
+    dtype = best_dtype(device, inference) if dtype == "auto" else DTYPES[dtype]
+    return Place(device, dtype, rank, world, local_rank)
+
+
+def find_device(name, world, local_rank):
+    """The setting `device` -> the torch.device of this process. UserError for one that this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device={name}: choose from auto, cpu, cuda, cuda:1, mps")
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if world > 1 else device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device={name}: this machine has no MPS")
+    if device.type == "mps" and world > 1:
+        raise UserError("torchrun needs --device=cpu or cuda: MPS knows no processes")
+    return device
 
 
 def best_dtype(device, inference):
+    """The torch.dtype that auto means on a torch.device."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and not inference and cpu_has_bfloat16():
@@ -135,11 +154,13 @@ def best_dtype(device, inference):
 
 
 def cpu_has_bfloat16():
-    """Whether products in bfloat16 are faster than in float32: torch has no public name for it."""
+    """Whether products in bfloat16 are faster than in float32 on this CPU."""
+    # torch has no public name for it, and this one may go.
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def cpu_name():
+    """The CPU in words."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -173,30 +194,24 @@ def no_compiler(device):
     return None
 
 
-# Peak of dense bfloat16 products in FLOP/s, from the vendor's data sheets.
-PEAK = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
-    "L4": 121e12, "RTX 4090": 165e12, "V100": 125e12,
-}  # fmt: skip
-
-
 class Stop:
     """SIGTERM and Ctrl-C ask the run to finish its step, save and leave; a second Ctrl-C ends it at once."""
 
     def __init__(self, place):
         self.signal, self.group = 0, None
-        if place.world > 1:  # a group of its own on the CPU, so that asking costs the GPU no synchronisation
+        if place.world > 1:  # A group of its own on the CPU: asking costs the GPU no synchronisation.
             self.group = dist.new_group(backend="gloo")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
+        """Remember the signal. This is its handler."""
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
         self.signal = number
 
     def end(self):
-        """From here on there is nothing to save: they stop the process at once."""
+        """Let the signals end the process at once again, since nothing is left to save."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

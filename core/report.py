@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from core.files import atomic
+
 COLOURS = ["#0b6e99", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c5c5c", "#c26a00", "#3d5a80"]
 STYLES = ["-", "--", ":"]  # one for each round of the colours
 
 
 def slug(text):
-    """Any text as a file name."""
+    """A text as a file name: letters, digits and dots, with a hyphen for all else."""
     return re.sub(r"[^\w.]+", "-", text).strip("-")
 
 
-def lines(path, series, x_label, y_label, log_x=False, log_y=False, mark_x=None, dpi=150):
-    """series {name: (xs, ys)}, or (xs, ys, lows, highs) for a band around the line -> a PNG at `path`. mark_x draws a
-    dashed vertical line, at the training length say."""
+def lines(path, series, x_label, y_label, *, log_x=False, log_y=False, mark_x=None, dpi=150):
+    """A PNG at `path` of a line for each of the series, {name: (xs, ys)}, or (xs, ys, lows, highs) for a band around
+    the line. mark_x: where to draw a dashed vertical line, at the training length say."""
 
     def draw(figure, axes):
         for index, (name, (xs, ys, *band)) in enumerate(series.items()):
@@ -34,7 +36,7 @@ def lines(path, series, x_label, y_label, log_x=False, log_y=False, mark_x=None,
             axes.set_yscale("log")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if beside:  # where the curves leave no room
+        if beside:  # The curves leave no room for it.
             figure.legend(frameon=False, loc="outside right center")
         else:
             axes.legend(frameon=False)
@@ -43,9 +45,12 @@ def lines(path, series, x_label, y_label, log_x=False, log_y=False, mark_x=None,
     save(path, draw, x_label, y_label, mark_x, dpi, (10, 4.5) if beside else (7, 4))
 
 
-def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None, dpi=150, span=(-2, 2), colours="RdBu", ticks=({}, {})):
-    """rows (N, M) -> a PNG at `path` of M columns, which lie `scale` apart; NaN is left white. span: the values at the
-    ends of the colours, None for the least or largest of all. ticks: {place: label} along x and y, {} for the usual."""
+def heat(
+    path, rows, x_label, y_label, *, scale=1.0, mark_x=None, dpi=150, span=(-2, 2), colours="RdBu", ticks=({}, {})
+):
+    """A PNG at `path` of the numbers `rows` (N, M) as colours, columns `scale` apart, with NaN left white. span: the
+    values at the ends of the colours, None for the least or largest of all. ticks: {position: label} along x and y, {}
+    for the usual ones."""
 
     def draw(figure, axes):
         extent = (0, rows.shape[1] * scale, rows.shape[0], 0)
@@ -63,7 +68,7 @@ def heat(path, rows, x_label, y_label, scale=1.0, mark_x=None, dpi=150, span=(-2
 
 
 def save(path, draw, x_label, y_label, mark_x, dpi, size=(7, 4)):
-    """A figure that draw(figure, axes) fills, written to the side and put in place."""
+    """A PNG at `path` of the figure that draw(figure, axes) fills; `size` is in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,14 +79,13 @@ def save(path, draw, x_label, y_label, mark_x, dpi, size=(7, 4)):
     if mark_x is not None:
         axes.axvline(mark_x, linestyle="--", linewidth=1, color="#999999")
     axes.set(xlabel=x_label, ylabel=y_label)
-    part = Path(f"{path}.part")
-    figure.savefig(part, format="png")
+    with atomic(path, "wb") as file:
+        figure.savefig(file, format="png")
     plt.close(figure)
-    part.replace(path)
 
 
 def markdown(heads, rows):
-    """Cells of text -> the lines of a Markdown table."""
+    """Heads (N,) and rows of N cells, all of them text -> the lines of a Markdown table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
     return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
 
@@ -113,7 +117,8 @@ def write_table(path, name, lines, command, place, **more):
     <!-- name --> and <!-- /name --> where the file has them, else as the whole file."""
     made = ", ".join(f"{key} {value}" for key, value in (more | provenance(place)).items())
     path, text = Path(path), "\n".join([*lines, "", f"Made by `{command}`: {made}."]) + "\n"
-    old = path.read_text() if path.exists() else ""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
     mark = re.escape(name)
-    new, found = re.subn(rf"(?s)(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: text, old)
-    path.write_text(new if found else text)
+    new, places = re.subn(rf"(?s)(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: text, old)
+    with atomic(path) as file:
+        file.write(new if places else text)

@@ -15,53 +15,67 @@ import torch
 from tqdm import tqdm
 
 import posenc
-from core import report
+from core import files, report
 from core.errors import UserError, nearest
 from core.flags import make
 from core.settings import Config
 from data import vocabulary
 from model import GPT, GPTConfig
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 PUBLISHED = "hf:"  # what a published model's name begins with
 CKPT, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "best.pt"
 LOCK = "train.lock"
 
 
+# Writing a run.
+
+
 def lock(folder):
-    """Make the run folder, and keep other processes from training into it while the file returned is open. None where
-    another process does. The kernel ends the lock with its process, however that ends; the empty file stays. UserError
-    for a folder that holds something else."""
+    """Make the run folder, and keep other processes from training into it while the lock returned exists. None where
+    another process does. UserError for a folder that holds something else."""
     folder = Path(folder)
     ours = any((folder / name).exists() for name in (LOCK, CKPT, PREVIOUS))
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds other files; choose another folder with --out_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / LOCK, "w")  # noqa: SIM115
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return None
-    except OSError:  # a file system without locks
-        pass
-    return file
+    return files.lock(folder / LOCK)
 
 
 def save(folder, name, state):
-    """Write a checkpoint to the side, flush it to the disk, and only then put it in place."""
-    part = Path(folder) / f"{name}.part"
-    with open(part, "wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    if name == CKPT and (Path(folder) / CKPT).exists():
-        os.replace(Path(folder) / CKPT, Path(folder) / PREVIOUS)
-    os.replace(part, Path(folder) / name)
+    """Write a checkpoint. The latest one before it stays, as ckpt_prev.pt, and makes way only for a whole new one."""
+    latest = Path(folder) / CKPT
+    with files.atomic(Path(folder) / name, "wb") as file:
+        torch.save(state, file)
+        files.flush(file)
+        if name == CKPT and latest.exists():
+            os.replace(latest, latest.with_name(PREVIOUS))
+
+
+def write_whole(path, text):
+    """Write a text file: a kill leaves the old one or the new one."""
+    with files.atomic(path) as file:
+        file.write(text)
+
+
+def write_json(path, value):
+    """Write a value of plain types as a JSON file: a kill leaves the old one or the new one."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    """The JSON file's value, or {} where there is none that is whole."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def plain(config):
+    """The Config as plain values, for checkpoints and config.json."""
+    return asdict(config)
+
+
+# Finding and reading a checkpoint.
 
 
 def find(run):
@@ -87,53 +101,73 @@ def find(run):
 
 
 def load(run):
-    """A run folder, checkpoint file or published model -> its state, of tensors and plain values. Nothing in it can run
-    code."""
+    """A run folder, checkpoint file or published model -> its state, of tensors and plain values, checked. Nothing in
+    it can run code. UserError for what is damaged or no checkpoint of ours, with what to do."""
     if str(run).startswith(PUBLISHED):
         from hub import load as hf
 
         return hf.load(str(run))
     path = find(run)
-    previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
-    if path.name == CKPT and previous.exists():
-        way_out = f"go back to the one before: mv {previous} {path}"
-    elif path.name != BEST and best.exists():
-        way_out = f"the run's best weights are in {best}: go on from them with --init_from={best} and another --out_dir"
-    else:
-        way_out = "train it anew, with another --out_dir"
     try:
         with warnings.catch_warnings(action="ignore"):  # on pickle protocols: the error says what matters
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return checked(torch.load(path, map_location="cpu", weights_only=True), path)
     except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} is damaged, or no checkpoint of ours: it holds more than tensors and plain values; {way_out}"
-        ) from None
+        wrong = "is damaged, or no checkpoint of ours: it holds more than tensors and plain values"
     except PermissionError:
         raise
     except (RuntimeError, EOFError, OSError, ValueError, KeyError):
-        raise UserError(f"{path} is damaged, perhaps cut short; {way_out}") from None
-    if not isinstance(state, dict) or not {"model", "step", "config"} <= state.keys():
+        wrong = "is damaged, perhaps cut short"
+    raise UserError(f"{path} {wrong}; {instead_of(path)}")
+
+
+def checked(state, path):
+    """The state read from `path`, if it is one of ours, with a default for every setting that it lacks. UserError
+    otherwise."""
+    kinds = {"model": dict, "step": int, "config": dict}  # what every checkpoint holds; the latest holds more
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path} is no checkpoint of ours: it lacks model, step or config")
-    return state
+    unknown = state["config"].keys() - {field.name for field in fields(Config)}
+    if unknown:
+        raise UserError(f"{path} has settings this version does not know: {', '.join(sorted(map(str, unknown)))}")
+    return state | {"config": plain(Config()) | state["config"]}  # It may be older than some settings.
+
+
+def instead_of(path):
+    """What to do where the checkpoint at `path` cannot be read, in words."""
+    previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
+    if path.name == CKPT and previous.exists():
+        return f"go back to the one before: mv {previous} {path}"
+    if path.name != BEST and best.exists():
+        return f"the run's best weights are in {best}: go on from them with --init_from={best} and another --out_dir"
+    return "train it anew, with another --out_dir"
 
 
 def config_of(state, **changes):
     """The Config of a checkpoint, with some keys changed."""
-    known = {field.name for field in fields(Config)}
-    unknown = set(state["config"]) - known
-    if unknown:
-        raise UserError(f"the checkpoint has settings this version does not know: {', '.join(sorted(unknown))}")
     return make(Config, state["config"] | changes)
 
 
-def names(paths):
-    """What to call runs in tables: the last parts of their paths, or the paths where two would be the same."""
-    short = [Path(path.removeprefix(PUBLISHED)).name for path in paths]
-    return short if len(set(short)) == len(short) else list(paths)
+def check_tokenizer(tokenizer, state):
+    """UserError when `tokenizer` is not the one that the checkpoint was trained with."""
+    if vocabulary.fingerprint(tokenizer) != state.get("tokenizer_fingerprint"):
+        name = state["config"]["tokenizer"]
+        raise UserError(f"tokenizer {name} is not the one that the checkpoint was trained with: its vocabulary differs")
+
+
+def merge_posenc(spec, override):
+    """A checkpoint's `posenc` with `override` laid over it, which '' leaves as it is."""
+    try:
+        return posenc.merge(spec, override) if override else spec
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+# From a checkpoint to a model.
 
 
 def build(config, device="cpu", initial=True):
-    """A new model with its initial weights, or any; UserError for settings that do not fit together."""
+    """A new model on a torch device, with its initial weights or, without `initial`, any. UserError for settings that
+    do not fit together."""
     try:
         return GPT(config, config.seed if initial else None).to(device)
     except ValueError as error:
@@ -141,8 +175,8 @@ def build(config, device="cpu", initial=True):
 
 
 def load_weights(model, state, fresh=False, share=False):
-    """Put a checkpoint's weights into the model, or with `share` the tensors themselves. An encoding that it was not
-    trained with has none there: that is an error, or with `fresh` it keeps its initial values."""
+    """Put a checkpoint's weights into the model, or with `share` the tensors themselves. Those of an encoding that the
+    checkpoint was not trained with are missing there: a UserError, or with `fresh` they stay as they were drawn."""
     weights, initial = state["model"], model.state_dict()
     old, new = state["config"]["posenc"], model.config.posenc
     if not posenc.derives(new, old):
@@ -160,8 +194,10 @@ def load_weights(model, state, fresh=False, share=False):
         )
     model.load_state_dict(weights, assign=share)
     if model.config.tie_embeddings:
-        model.head.weight = model.token.weight  # which assigning takes apart
+        model.head.weight = model.token.weight  # Assigning took the tied weights apart.
 
+
+# Starting a run, or going on with it.
 
 # These settings may differ when a run goes on; any other would make it another run.
 MAY_CHANGE = {
@@ -194,11 +230,10 @@ def resume(config, dataset, tokenizer):
     if not any((out / name).exists() for name in (CKPT, PREVIOUS)):
         return None
     state = load(out)
-    # A run from before a setting existed has its default.
-    old, new = plain(config_of(state)), plain(config)
-    differ = [f"{key} was {old[key]!r} and is now {new[key]!r}" for key in new if old[key] != new[key]]
-    differ = [text for text in differ if text.partition(" ")[0] not in MAY_CHANGE]
-    if differ:
+    old, new = state["config"], plain(config)
+    changed = [key for key in new if key not in MAY_CHANGE and old[key] != new[key]]
+    if changed:
+        differ = [f"{key} was {old[key]!r} and is now {new[key]!r}" for key in changed]
         way_out = "Start another with --out_dir, or set them back"
         raise UserError(f"{out} holds a run with other settings: {', '.join(differ)}. {way_out}")
     if "optimizer" not in state:
@@ -210,11 +245,14 @@ def resume(config, dataset, tokenizer):
     return state
 
 
+# Opening a finished run.
+
+
 @dataclass
 class Run:
     """A checkpoint, ready for use."""
 
-    path: str | Path  # as it was asked for
+    path: str | Path  # the name that it was opened by
     model: GPT  # in eval mode
     config: Config
     tokenizer: tiktoken.Encoding
@@ -229,57 +267,25 @@ def open_run(run, device="cpu", override=""):
 
 
 def open_runs(run, overrides, device="cpu"):
-    """The same with each of several overrides. On the CPU they share their weights, until one is changed."""
+    """A run folder, checkpoint file or published model -> [Run], one for each of the overrides of its `posenc`. On the
+    CPU they share their weights, until one is changed."""
     state, opened = load(run), []
     trained = state["config"]["posenc"]
-    encoding = vocabulary.load(state["config"]["tokenizer"])
-    check_tokenizer(encoding, state)
+    tokenizer = vocabulary.load(state["config"]["tokenizer"])
+    check_tokenizer(tokenizer, state)
     for override in overrides:
         config = config_of(state, posenc=merge_posenc(trained, override))
         model = build(config, initial=False)
         load_weights(model, state, share=True)
         model = model.to(device).eval()
-        opened.append(Run(run, model, config, encoding, state.get("data_checksum", ""), state["step"], trained))
+        opened.append(Run(run, model, config, tokenizer, state.get("data_checksum", ""), state["step"], trained))
     return opened
 
 
-def merge_posenc(spec, override):
-    """A checkpoint's `posenc` with what was asked for laid over it; '' asks for nothing."""
-    try:
-        return posenc.merge(spec, override) if override else spec
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def check_tokenizer(encoding, state):
-    """UserError when `encoding` is not the tokenizer that the checkpoint was trained with."""
-    if vocabulary.fingerprint(encoding) != state.get("tokenizer_fingerprint"):
-        name = state["config"]["tokenizer"]
-        raise UserError(f"tokenizer {name} is not the one that the checkpoint was trained with: its vocabulary differs")
-
-
-def write_json(path, value):
-    write_whole(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_whole(path, text):
-    """Write a text file to the side and put it in place: a kill leaves the old one or the new one."""
-    part = Path(f"{path}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def read_json(path):
-    """The JSON file's value, or {} where there is none that is whole."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def plain(config):
-    """The Config as plain values, for checkpoints and config.json."""
-    return asdict(config)
+def names(paths):
+    """What to call runs in tables: the last parts of their paths, or the paths where two would be the same."""
+    short = [Path(path.removeprefix(PUBLISHED)).name for path in paths]
+    return short if len(set(short)) == len(short) else list(paths)
 
 
 class Log:
@@ -288,8 +294,8 @@ class Log:
     start: time.perf_counter() when the process began. Lines of steps after `step` are cut off: they are done again.
     """
 
-    def __init__(self, folder, device, step, max_steps, start):
-        self.path, self.main, self.start = Path(folder) / "metrics.jsonl", device.main, start
+    def __init__(self, folder, place, step, max_steps, start):
+        self.path, self.main, self.start = Path(folder) / "metrics.jsonl", place.main, start
         self.bar = tqdm(
             initial=step, total=max_steps, desc=Path(folder).name, disable=not self.main or step >= max_steps,
             mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True,
@@ -301,27 +307,30 @@ class Log:
 
     def lines(self):
         """The lines so far; one that a kill cut short is left out."""
-        found = []
-        for text in self.path.read_text().splitlines() if self.path.exists() else ():
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
-                found.append(json.loads(text))
+                lines.append(json.loads(text))
             except ValueError:
                 continue
-        return found
+        return lines
 
     def write(self, **line):
+        """Add a line of numbers, and the seconds since the start."""
         if self.main:
             # JSON knows no infinity, which is the norm of a gradient that overflowed float16.
             line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             line["seconds"] = round(time.perf_counter() - self.start, 2)
-            with self.path.open("a") as stream:
+            with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
     def say(self, text):
+        """Print a line above the bar."""
         if self.main:
             tqdm.write(text)
 
     def draw(self):
+        """loss.png, from the lines so far."""
         lines = self.lines()
         series = {
             name: ([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])

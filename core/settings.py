@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from core.errors import require
+from core.errors import require, require_range
 from core.flags import Dtype
 from model import GPTConfig
 
@@ -14,11 +14,11 @@ Dataset = Literal[
 
 @dataclass
 class Config(GPTConfig):
-    """A whole run: GPTConfig's model, and what it learns from, how, and where."""
+    """A whole run: the model of GPTConfig, what it learns from, how it learns, and where it computes."""
 
     usage: ClassVar[str] = "python train.py [configs/FILE.py ...] [--key=value ...]"
 
-    # what it learns from
+    # The text that it learns from.
     dataset: Dataset = "python"  # the corpus ('text' is your own, named with --text), or a task of data/tasks.py
     text: str | list = ""  # your file or folder, for dataset = "text"; several: --text='["a.txt", "b/"]'
     packages: bool = False  # python data set: also the source of site-packages
@@ -26,31 +26,31 @@ class Config(GPTConfig):
     tokenizer: str = "bytes"  # bytes, bpe (4,096 tokens, shipped), a tiktoken name such as gpt2, or a .tiktoken file
     data_dir: str = "data"  # token files go to its tokens/, downloads to its raw/
     seed: int = 1337  # of initial weights, batches and dropout
-    # how
+    # The steps in which it learns.
     max_steps: int = 700  # optimiser steps
     batch_size: int = 32  # sequences of train_length in a step, over all processes
     micro_batch_size: int = 0  # sequences a process computes at once (gradients accumulate); 0 means its whole share
     length_schedule: dict = field(default_factory=dict)  # {share of the run: length}, at constant tokens a step
     segments: int = 1  # windows of so many times T, read T by T over a memory of the T tokens before (Transformer-XL)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon is for the blocks' matrices, with adamw for all else
-    learning_rate: float = 6e-3  # peak; muon's updates are scaled to adamw's size
+    learning_rate: float = 6e-3  # at its peak; muon's updates are scaled to adamw's size
     weight_decay: float = 0.1  # on matrices; positions, embeddings, norms and biases are left alone
     beta1: float = 0.9  # adamw's momentum
     beta2: float = 0.95  # adamw's decay of squared gradients
-    momentum: float = 0.95  # muon's
+    momentum: float = 0.95  # muon's momentum
     grad_clip: float = 1.0  # largest norm of the gradient; 0 leaves it alone
     schedule: Literal["wsd", "cosine"] = "wsd"  # warmup, stable, decay; or warmup and a cosine
     warmup: float = 0.02  # share of the run in which the learning rate rises
-    decay: float = 0.4  # share of the run in which wsd's falls
-    final_lr: float = 0.0  # share of the peak at the end
+    decay: float = 0.4  # share of the run in which the learning rate of wsd falls
+    final_lr: float = 0.0  # learning rate at the end, as a share of its peak
     init_from: str = ""  # a run to take weights and model settings from, with another posenc or length perhaps
-    # measuring
+    # Measuring and saving.
     eval_interval: int = 100  # steps between evaluations
     eval_tokens: int = 32768  # validation tokens an evaluation reads, the same ones each time
     log_interval: int = 10  # steps between lines of metrics.jsonl
     checkpoint_interval: int = 100  # steps between checkpoints
     length_targets: int = 128  # windows behind the closing table of loss against length; 0 leaves the table out
-    # where
+    # Where it computes and writes.
     out_dir: str = ""  # the run's folder; by default out/ and the config names joined by '-'
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"  # of products; auto is bfloat16 where the hardware has it, float16 on older CUDA, or float32
@@ -58,23 +58,12 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in (
-            "max_steps",
-            "batch_size",
-            "segments",
-            "shards",
-            "eval_interval",
-            "eval_tokens",
-            "log_interval",
-            "checkpoint_interval",
-        ):
-            require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
-        for key in ("seed", "micro_batch_size", "learning_rate", "weight_decay", "grad_clip", "length_targets"):
-            require(getattr(self, key) >= 0, f"{key} must not be negative")
-        for key in ("warmup", "decay", "final_lr"):
-            require(0 <= getattr(self, key) <= 1, f"{key} must lie in 0 ... 1, not {getattr(self, key)}")
-        for key in ("beta1", "beta2", "momentum"):
-            require(0 <= getattr(self, key) < 1, f"{key} must lie in 0 ... 1 and below 1, not {getattr(self, key)}")
+        require_range(self, "at least 1", "max_steps", "batch_size", "segments", "shards", "eval_interval")
+        require_range(self, "at least 1", "eval_tokens", "log_interval", "checkpoint_interval")
+        require_range(self, "0 or more", "seed", "micro_batch_size", "length_targets")
+        require_range(self, "0 or more", "learning_rate", "weight_decay", "grad_clip")
+        require_range(self, "in 0 ... 1", "warmup", "decay", "final_lr")
+        require_range(self, "in 0 ... 1 and below 1", "beta1", "beta2", "momentum")
         levels = self.schedule == "cosine" or self.warmup + self.decay <= 1
         require(levels, "warmup and decay must not exceed 1 together")
         require(isinstance(self.text, str) or all(isinstance(path, str) for path in self.text), "text must list paths")
@@ -83,14 +72,18 @@ class Config(GPTConfig):
         require(self.shards == 1 or self.dataset == "fineweb", "--shards goes with --dataset=fineweb")
         require(self.segments == 1 or not self.length_schedule, "segments and length_schedule exclude each other")
         if self.length_schedule:
-            starts, lengths = list(self.length_schedule), list(self.length_schedule.values())
-            form = "length_schedule must look like {0.0: 128, 0.6: 256}, from 0.0 on with rising shares below 1"
-            require(all(type(x) in (int, float) for x in starts) and all(type(x) is int for x in lengths), form)
-            require(starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1 and min(lengths) > 0, form)
-            last = lengths[-1]
-            require(last == self.train_length, f"length_schedule ends at {last}: set train_length={last} too")
-            for length in lengths:
-                require(last % length == 0, f"length_schedule: {length} does not divide the last length, {last}")
+            self.check_length_schedule()
+
+    def check_length_schedule(self):
+        """ValueError for shares or lengths that make no schedule which ends at train_length."""
+        starts, lengths = list(self.length_schedule), list(self.length_schedule.values())
+        form = "length_schedule must look like {0.0: 128, 0.6: 256}, from 0.0 on with rising shares below 1"
+        require(all(type(x) in (int, float) for x in starts) and all(type(x) is int for x in lengths), form)
+        require(starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1 and min(lengths) > 0, form)
+        last = lengths[-1]
+        require(last == self.train_length, f"length_schedule ends at {last}: set train_length={last} too")
+        for length in lengths:
+            require(last % length == 0, f"length_schedule: {length} does not divide the last length, {last}")
 
     @property
     def phases(self):
@@ -101,7 +94,7 @@ class Config(GPTConfig):
 
 @dataclass
 class Reading:
-    """How a finished run is read: what may be laid over it at test time, and where it computes."""
+    """How a finished run is read: what is laid over it at test time, and where it computes."""
 
     posenc: str | list = ""  # arguments for the run's encoding, or another encoding, at test time
     window: int = 0  # attend to the last WINDOW tokens alone, over a cache that stays that small; 0 means to all
@@ -111,6 +104,5 @@ class Reading:
     dtype: Dtype = "auto"  # of products; auto is bfloat16 on CUDA, float16 on older CUDA, else float32
 
     def __post_init__(self):
-        for key in ("window", "sinks"):
-            require(getattr(self, key) >= 0, f"--{key} must not be negative")
+        require_range(self, "0 or more", "window", "sinks")
         require(self.window or not self.sinks, "--sinks needs a --window")

@@ -26,6 +26,8 @@ import tiktoken
 from tqdm import tqdm
 
 from core.errors import UserError, run
+from core.files import atomic
+from core.flags import flags, make
 from data.python import stdlib_files
 from data.text import find, read
 
@@ -108,7 +110,8 @@ def merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 def save(ranks: dict[bytes, int], path: str | Path) -> None:
     """Write tiktoken's text format: on every line the token's bytes in base64, a space, and its rank."""
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
-    Path(path).write_bytes(b"".join(lines))
+    with atomic(path, "wb") as file:
+        file.write(b"".join(lines))
 
 
 def load(path: str | Path) -> dict[bytes, int]:
@@ -135,6 +138,8 @@ def load(path: str | Path) -> dict[bytes, int]:
 
 @dataclass
 class Options:
+    """What `python -m data.bpe` can be told."""
+
     usage: ClassVar[str] = "python -m data.bpe --out=FILE [FILE_OR_FOLDER ...] [--key=value ...]"
 
     out: str = ""  # the vocabulary file to write; texts to learn from default to Python's standard library
@@ -142,12 +147,8 @@ class Options:
     force: bool = False  # replace an existing --out file
 
 
-def main(argv: list[str]) -> None:
-    from core.settings import flags, make  # here: it imports torch, which tokenizers can do without
-
-    sources, given = flags(argv, Options)
-    options = make(Options, given)
-    # Look for mistakes first: better now than after the work is done.
+def texts_of(sources: list[str], options: Options) -> list[str]:
+    """The texts to learn from. Looks for every mistake first: now is better than after the work is done."""
     if not options.out:
         raise UserError(f"--out=FILE is missing; usage: {Options.usage}")
     out = Path(options.out)
@@ -155,25 +156,30 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--vocab_size={options.vocab_size} is too small: 256 bytes and the end-of-text token make 257")
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise UserError(f"--out={out}: Is a directory")
     if out.exists() and not options.force:
         raise UserError(f"--out={out} exists already; --force replaces it")
     files = find(sources) if sources else stdlib_files()
     texts = [read(path) for path in tqdm(files, desc="reading", disable=None)]
     if not any(texts):
         raise UserError(f"there is no text to learn from: no files in {', '.join(sources)}, or empty ones")
+    return texts
 
+
+def main(argv: list[str]) -> None:
+    sources, settings = flags(argv, Options)
+    options = make(Options, settings)
+    texts = texts_of(sources, options)
     start = time.perf_counter()
     ranks = train(texts, options.vocab_size)
     seconds = time.perf_counter() - start
-    try:
-        save(ranks, out)
-    except OSError as error:
-        raise UserError(f"--out={out}: {error.strerror}") from None
+    save(ranks, options.out)
 
-    encoding = tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    tokenizer = tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     num_bytes = sum(len(text.encode("utf-8")) for text in texts)
-    num_tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
-    print(f"{out}: {len(ranks) + 1:,} tokens with the end of text, learned in {seconds:.1f} seconds")
+    num_tokens = sum(len(tokenizer.encode_ordinary(text)) for text in texts)
+    print(f"{options.out}: {len(ranks) + 1:,} tokens with the end of text, learned in {seconds:.1f} seconds")
     print(f"{num_bytes / num_tokens:.2f} bytes per token on {num_bytes:,} bytes of text")
 
 

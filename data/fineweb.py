@@ -26,7 +26,7 @@ TRAIN = [
     ("fineweb_train_000008.bin", "308e6937af5d78b7489a8aac3a3951dced5b46103e613f8bc4eb543f5092526c"),
     ("fineweb_train_000009.bin", "1635300891634346ecff3a78d6e489a69c647885f0dcd249fe3eb76fac683458"),
 ]
-VAL_TOKENS = 10 << 20  # of the validation file, as is the custom with it; all of it would only cost time
+VAL_TOKENS = 10 << 20  # read of the validation file, as is the custom with it
 END = 50256  # GPT-2's end of text
 
 
@@ -38,12 +38,13 @@ def files(config):
 
 
 def signature(config):
+    """A value that changes with the text: the checksums of what it is made from."""
     return files(config), VAL_TOKENS
 
 
 def documents(config):
     """Yields (split, text). A file takes about two minutes, once; memory does not grow with their number."""
-    gpt2 = vocabulary.load("gpt2")  # first: without it the downloads were of no use
+    gpt2 = vocabulary.load("gpt2")  # This comes first, since without it the downloads would be of no use.
     for split, (name, sha256) in files(config):
         file = fetch(URL + name, f"{config.data_dir}/raw/fineweb/{name}", sha256)
         ids = np.memmap(file, "<u2", "r", offset=256 * 4)

@@ -12,10 +12,11 @@ FILES = {  # split -> name and SHA-256
 
 
 def signature(config):
+    """A value that changes with the text: the checksums of what it is made from."""
     return FILES
 
 
 def documents(config):
-    """Yields (split, text). Where an article ends is not marked, so each split is one document."""
+    """Yields (split, text). The files do not mark where an article ends, and each split is one document."""
     for split, (name, sha256) in FILES.items():
         yield split, text.read(fetch(URL + name, f"{config.data_dir}/raw/{name}", sha256))

@@ -30,13 +30,15 @@ def stdlib_files():
 def sources(config):
     """[(folder, module below it)] of the standard library, then of the packages if they are asked for."""
     paths = sysconfig.get_paths()
-    found = [(Path(paths["stdlib"]), file) for file in stdlib_files()]
-    for folder in {paths["purelib"]: 0, paths["platlib"]: 0} if config.packages else ():  # mostly the same one
-        found += [(Path(folder), file) for file in modules(Path(folder))]
-    return found
+    listed = [(Path(paths["stdlib"]), file) for file in stdlib_files()]
+    # The two folders of packages are mostly the same one, which a dict holds once.
+    for folder in {paths["purelib"]: 0, paths["platlib"]: 0} if config.packages else ():
+        listed += [(Path(folder), file) for file in modules(Path(folder))]
+    return listed
 
 
 def signature(config):
+    """A value that changes when modules come, go or change their size."""
     return [(file.name, file.stat().st_size) for _, file in sources(config)]
 
 
@@ -45,7 +47,7 @@ def documents(config):
     for folder, file in sources(config):
         try:
             content = text.read(file)
-        except UserError:  # a package's own encoding is no mistake of the user's
+        except UserError:  # A package that is not in UTF-8 is no mistake of the user's.
             if not config.packages:
                 raise
             continue

@@ -8,6 +8,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def signature(config):
+    """A value that changes with the text: the checksums of what it is made from."""
     return SHA256
 
 

@@ -43,39 +43,39 @@ def read(path):
 
 def files(config):
     """The files that dataset = "text" consists of. UserError where there is no text in them."""
-    found = find(named(config))
-    for file in found:
-        if not file.exists():
-            raise UserError(f"--text: no file or folder {file}")
-    if not any(file.stat().st_size for file in found):
+    paths = find(named(config))
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--text: no file or folder {path}")
+    if not any(path.stat().st_size for path in paths):
         raise UserError(f"--text: {', '.join(map(str, named(config)))}: nothing but empty files")
-    return found
+    return paths
 
 
 def signature(config):
-    """Changes whenever the corpus may have changed."""
+    """A value that changes whenever the corpus may have changed."""
     return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files(config)]
 
 
 def documents(config):
-    """Yields (split, text). Whole files are held out where there are enough of them, else the end of each file. What is
-    no text in a folder is left out."""
-    found, refused = [], []
+    """Yields (split, text). Whole files are held out where there are enough of them, otherwise the end of each file. A
+    file in a folder that is no text is left out, with a line that says so; one that is named itself is a UserError."""
+    texts, refused = [], []
     for file in files(config):
         try:
-            found += [file] if read(file) else []
+            texts += [file] if read(file) else []
         except UserError as error:
             if file in named(config):
                 raise
             refused.append(str(error))
     if refused:
         tqdm.write(f"--text: {len(refused)} of its files left out; the first: {refused[0]}", file=sys.stderr)
-    if not found:
+    if not texts:
         raise UserError(f"--text: {', '.join(map(str, named(config)))}: no file in it is UTF-8 text")
     every = round(1 / HELD_OUT)
-    for index, file in enumerate(found):
+    for index, file in enumerate(texts):
         text = read(file)
-        if len(found) >= 2 * every:
+        if len(texts) >= 2 * every:
             yield "val" if index % every == every // 2 else "train", text
         else:
             yield from cut(text, HELD_OUT)

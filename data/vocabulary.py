@@ -4,7 +4,7 @@ bytes        the 256 bytes and an end-of-text token; the default
 bpe          4,096 tokens learned by data/bpe.py from the source of the Python standard library; shipped
 gpt2, ...    tiktoken's own, downloaded by tiktoken on first use
 a file       FILE.tiktoken, as `python -m data.bpe` writes it
-hf:FOLDER    the tokenizer.json of a published model, behind the same methods (hf.py)
+hf:FOLDER    the tokenizer.json of a published model, behind the same methods (hub/load.py)
 """
 
 import hashlib
@@ -24,7 +24,7 @@ SHIPPED = {"bpe": Path(__file__).parent / "python4096.tiktoken"}
 def load(name):
     """A tokenizer's name -> tiktoken.Encoding. UserError says what to type, or where to put a file."""
     if name.startswith("hf:"):
-        from hub import load as hf  # here, as it takes its names from this module
+        from hub import load as hf  # It imports this module, so it is imported when it is needed.
 
         try:
             return hf.load_tokenizer(name)
@@ -32,7 +32,7 @@ def load(name):
             raise UserError(f"its tokenizer is that of a published model: {error}") from None
     if name == "bytes":
         return make(name, r"(?s:.)", {bytes([byte]): byte for byte in range(256)})
-    from data import bpe  # here, or `python -m data.bpe` would find itself imported
+    from data import bpe  # At the top of this file, `python -m data.bpe` would find itself imported already.
 
     path = SHIPPED.get(name, Path(name))
     if path.suffix == ".tiktoken":
@@ -45,7 +45,7 @@ def load(name):
         raise UserError(f"no tokenizer is called '{name}'; choose from {', '.join(known)}, or a file FILE.tiktoken")
     try:
         return tiktoken.get_encoding(name)
-    except Exception as error:  # of requests, of the file system, of a checksum: tiktoken passes on what it met
+    except Exception as error:  # tiktoken passes on what it met: of requests, of the file system, of a checksum
         url = getattr(getattr(error, "request", None), "url", None)
         folder = os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir()) / "data-gym-cache")
         place = f"get {url} elsewhere and put it at {folder}/{hashlib.sha1(url.encode()).hexdigest()}" if url else error
@@ -53,16 +53,18 @@ def load(name):
 
 
 def make(name, pattern, ranks):
+    """A tiktoken.Encoding that cuts text by the regular expression `pattern` and merges by `ranks`, {bytes: id}. The
+    end-of-text token gets the id behind them."""
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
 def begin(tokenizer):
-    """The ids that a text starts with: none, but in some published models."""
+    """The ids that every text starts with: none, but in some published models."""
     return getattr(tokenizer, "begin", [])
 
 
 def fingerprint(tokenizer):
-    """A checksum of what every id stands for: two tokenizers with the same one read each other's tokens."""
+    """A checksum of what every id stands for: tokenizers of one fingerprint read each other's tokens."""
     digest = hashlib.sha256()
     for token in token_bytes(tokenizer):
         digest.update(len(token).to_bytes(4, "little") + token)

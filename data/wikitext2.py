@@ -17,6 +17,7 @@ TITLE = re.compile(r"^(?= \n = [^=\n][^\n]* = \n \n)", re.MULTILINE)
 
 
 def signature(config):
+    """A value that changes with the text: the checksums of what it is made from."""
     return SHA256
 
 

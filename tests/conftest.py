@@ -34,6 +34,7 @@ def run_script(tmp_path):
 @pytest.fixture
 def call_script(tmp_path, monkeypatch, capsys):
     """As run_script, but in this process, without the seconds that importing torch takes."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # errors would name `python -m pytest`
 
     def start(script, *arguments):
         monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ import pytest
 import data
 from core.errors import UserError
 from core.settings import Config
-from data import fineweb, ptb, python, shakespeare, text, vocabulary, wikitext2
+from data import download, fineweb, ptb, python, shakespeare, text, vocabulary, wikitext2
 
 ROOT = Path(data.__file__).parent.parent
 END = 256  # the end-of-text token of the bytes
@@ -43,7 +43,8 @@ def mistake(config):
 
 
 def files_below(folder):
-    return sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    """All files in a folder, but for the lock of the downloads."""
+    return sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != download.LOCK)
 
 
 def texts(dataset, split):
@@ -212,16 +213,16 @@ def test_checksum_changes_with_any_token_and_with_nothing_else(tmp_path, corpus,
     assert copy.meta["data_checksum"] == dataset.meta["data_checksum"] != other.meta["data_checksum"]
 
 
-@pytest.mark.parametrize(("vocabulary", "dtype"), [(1 << 16, "<u2"), ((1 << 16) + 1, "<u4")])
-def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, corpus, vocabulary, dtype):
+@pytest.mark.parametrize(("size", "dtype"), [(1 << 16, "<u2"), ((1 << 16) + 1, "<u4")])
+def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, corpus, size, dtype):
     ranks = {bytes([byte]): byte for byte in range(256)}
-    for number in range(vocabulary - 257):
+    for number in range(size - 257):
         ranks[b"\xff" + number.to_bytes(2, "big")] = len(ranks)
-    encoding = vocabulary.make("wide", r"(?s:.)", ranks)
+    tokenizer = vocabulary.make("wide", r"(?s:.)", ranks)
     config = config_of(tmp_path, corpus)
     for _ in range(2):  # prepared, then opened again
-        opened = data.open_dataset(config, encoding)
-        assert opened.train.dtype == dtype and opened.train[-1] == opened.val[-1] == vocabulary - 1
+        opened = data.open_dataset(config, tokenizer)
+        assert opened.train.dtype == dtype and opened.train[-1] == opened.val[-1] == size - 1
         assert bytes(opened.train[:-1].tolist()) + bytes(opened.val[:-1].tolist()) == corpus.read_bytes()
 
 

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from core import files
 from core.errors import UserError
 from data import download
 
@@ -46,7 +47,6 @@ def server(monkeypatch):
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(download, "PAUSES", (0, 0, 0))
         yield server
         server.shutdown()
         thread.join()
@@ -63,7 +63,12 @@ def part_of(place):
 
 def fetched(server, place):
     assert download.fetch(server.url, place, SHA256) == place
-    return place.read_bytes() == BODY and list(place.parent.iterdir()) == [place]
+    return place.read_bytes() == BODY and beside(place) == [place]
+
+
+def beside(place):
+    """What lies in the folder, but for its lock."""
+    return [file for file in place.parent.iterdir() if file.name != download.LOCK]
 
 
 def failure(server, place):
@@ -74,24 +79,21 @@ def failure(server, place):
     return said
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(server, place):
+def test_a_broken_connection_is_taken_up_by_the_same_command(server, place):
     server.cuts = [100_000, 50_000, 1]
+    for size in (100_000, 150_000, 150_001):
+        said = failure(server, place)
+        assert "goes on" in said and f"{size:,} of 512,000" in said
+        assert part_of(place).read_bytes() == BODY[:size]
     assert fetched(server, place)
     assert server.asked == [None, "bytes=100000-", "bytes=150000-", "bytes=150001-"]
 
 
 def test_a_server_without_ranges_begins_anew(server, place):
     server.cuts, server.ranges = [100_000], False
+    failure(server, place)
     assert fetched(server, place)
     assert server.asked == [None, "bytes=100000-"]
-
-
-def test_after_the_last_attempt_the_same_command_goes_on(server, place):
-    server.cuts = [100_000] * 4
-    said = failure(server, place)
-    assert "goes on" in said and "400,000 of 512,000" in said
-    assert part_of(place).read_bytes() == BODY[:400_000] and len(server.asked) == 4
-    assert fetched(server, place) and server.asked[4] == "bytes=400000-"
 
 
 @pytest.mark.parametrize("size", [len(BODY), len(BODY) + 5])
@@ -107,19 +109,16 @@ def test_what_fails_the_checksum_is_removed_and_the_next_call_begins_anew(server
     part_of(place).write_bytes(begin)
     server.body = BODY if begin else BODY[::-1]
     assert "SHA-256" in failure(server, place)
-    assert list(place.parent.iterdir()) == []
+    assert beside(place) == []
     server.body = BODY
     assert fetched(server, place) and server.asked[-1] is None
 
 
-def test_offline_fails_at_once_and_keeps_what_came_before(server, place, monkeypatch):
+def test_offline_fails_and_keeps_what_came_before(server, place):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         server.url = f"http://127.0.0.1:{free.getsockname()[1]}/file"
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: pytest.fail("waited without any hope"))
-    assert "refused" in failure(server, place) and list(place.parent.iterdir()) == []
-    monkeypatch.undo()
-    monkeypatch.setattr(download, "PAUSES", (0,))
+    assert "refused" in failure(server, place) and beside(place) == []
     part_of(place).write_bytes(BODY[:10])
     assert "refused" in failure(server, place) and part_of(place).read_bytes() == BODY[:10]
 
@@ -128,20 +127,19 @@ def test_the_bar_begins_where_the_part_ends(server, place, monkeypatch):
     bars, tqdm = [], download.tqdm
     monkeypatch.setattr(download, "tqdm", lambda **said: bars.append((said["initial"], said["total"])) or tqdm(**said))
     server.cuts = [100_000]
+    failure(server, place)
     assert fetched(server, place)
     assert bars == [(0, len(BODY)), (100_000, len(BODY))]
 
 
-@pytest.mark.skipif(download.fcntl is None, reason="no locks on Windows")
 def test_another_process_waits_and_takes_what_came(server, place):
     place.parent.mkdir()
-    with download.alone(place.parent):
-        process = multiprocessing.get_context("spawn").Process(
-            target=download.fetch, args=(server.url, str(place), SHA256)
-        )
-        process.start()
-        process.join(2)
-        assert process.is_alive() and server.asked == []
-        place.write_bytes(BODY)
+    lock = files.lock(place.parent / download.LOCK)
+    process = multiprocessing.get_context("spawn").Process(target=download.fetch, args=(server.url, str(place), SHA256))
+    process.start()
+    process.join(2)
+    assert process.is_alive() and server.asked == []
+    place.write_bytes(BODY)
+    lock.release()
     process.join(30)
-    assert process.exitcode == 0 and server.asked == [] and list(place.parent.iterdir()) == [place]
+    assert process.exitcode == 0 and server.asked == [] and beside(place) == [place]

@@ -13,8 +13,8 @@ from data import vocabulary
 T = 16  # of the run that `trained` makes
 
 
-def test_streams_past_the_training_length_marks_it_and_scores_blocks(trained, run_script):
-    done = run_script("sample.py", trained, "--prompt=line 7 says ", "--tokens=128")
+def test_streams_past_the_training_length_marks_it_and_scores_blocks(trained, call_script):
+    done = call_script("sample.py", trained, "--prompt=line 7 says ", "--tokens=128")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("line 7 says ")
     assert done.stdout.count(f"[--- {T} tokens: the training length ends here ---]") == 1
@@ -48,9 +48,9 @@ def test_any_prompt_works(trained, call_script, prompt):
 
 
 def test_never_prints_half_a_character(capsys):
-    encoding, text = vocabulary.load("bytes"), "é日本👩‍👧!"
-    stream, seen = sample.Stream(encoding), ""
-    for token in encoding.encode_ordinary(text):
+    tokenizer, text = vocabulary.load("bytes"), "é日本👩‍👧!"
+    stream, seen = sample.Stream(tokenizer), ""
+    for token in tokenizer.encode_ordinary(text):
         stream.write([token])
         seen += capsys.readouterr().out
         assert text.startswith(seen)
@@ -68,6 +68,7 @@ def test_window_posenc_and_crop_reach_the_model(trained, call_script):
         assert text(done) != plain
 
 
+@pytest.mark.slow
 def test_compiled_text_is_the_same_text(trained, call_script):
     plain, compiled = (call_script("sample.py", trained, "--tokens=40", *flags) for flags in ([], ["--compile"]))
     assert compiled.returncode == 0, compiled.stderr
@@ -122,10 +123,10 @@ def test_end_of_text_is_drawn_with_stop_alone(trained, call_script, tmp_path):
     state["model"]["head.weight"].zero_()
     (tmp_path / "run").mkdir()
     torch.save(state, tmp_path / "run" / "ckpt.pt")
-    go_on = call_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1")
-    assert "1500 tokens in" in go_on.stdout
-    stop = call_script("sample.py", tmp_path / "run", "--tokens=1500", "--temperature=1", "--stop")
-    assert int(re.search(r"(\d+) tokens in", stop.stdout)[1]) < 1500
+    words = ["sample.py", tmp_path / "run", "--samples=8", "--tokens=200", "--temperature=1"]
+    assert "1600 tokens in" in call_script(*words).stdout
+    stop = call_script(*words, "--stop")
+    assert int(re.search(r"(\d+) tokens in", stop.stdout)[1]) < 1600
 
 
 def test_repeated_counts_four_grams_that_stood_before():

@@ -24,7 +24,7 @@ TEXTS = {
 }
 
 
-def encoding_of(*tokens, special=None):
+def tokenizer_of(*tokens, special=None):
     """An Encoding of the 256 bytes and these tokens."""
     ranks = {token: rank for rank, token in enumerate([*(bytes([b]) for b in range(256)), *tokens])}
     special = {"<|endoftext|>": len(ranks)} if special is None else special
@@ -41,17 +41,17 @@ def mistake(name):
 
 
 def test_bytes_is_the_identity_on_utf8():
-    encoding = vocabulary.load("bytes")
+    tokenizer = vocabulary.load("bytes")
     everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     for text in (*TEXTS.values(), everything):
-        ids = encoding.encode_ordinary(text)
-        assert ids == list(text.encode()) and encoding.decode_bytes(ids) == text.encode()
+        ids = tokenizer.encode_ordinary(text)
+        assert ids == list(text.encode()) and tokenizer.decode_bytes(ids) == text.encode()
 
 
 def test_bytes_has_one_more_token_that_ends_a_text():
-    encoding = vocabulary.load("bytes")
-    assert encoding.n_vocab == 257
-    assert encoding.encode_single_token("<|endoftext|>") == encoding.eot_token == 256
+    tokenizer = vocabulary.load("bytes")
+    assert tokenizer.n_vocab == 257
+    assert tokenizer.encode_single_token("<|endoftext|>") == tokenizer.eot_token == 256
 
 
 # All tokenizers.
@@ -60,60 +60,60 @@ def test_bytes_has_one_more_token_that_ends_a_text():
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_encoding_loses_nothing_and_byte_lengths_say_how_much_it_is(name, text):
-    encoding = vocabulary.load(name)
-    ids = encoding.encode_ordinary(TEXTS[text])
-    assert encoding.decode(ids) == TEXTS[text]
-    lengths = vocabulary.byte_lengths(encoding)
-    assert lengths.shape == (encoding.n_vocab,) and lengths.dtype == "int64"
+    tokenizer = vocabulary.load(name)
+    ids = tokenizer.encode_ordinary(TEXTS[text])
+    assert tokenizer.decode(ids) == TEXTS[text]
+    lengths = vocabulary.byte_lengths(tokenizer)
+    assert lengths.shape == (tokenizer.n_vocab,) and lengths.dtype == "int64"
     assert lengths[ids].sum() == len(TEXTS[text].encode())
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 def test_end_of_text_is_one_id_that_no_text_gives_and_that_is_no_bytes_long(name):
-    encoding = vocabulary.load(name)
-    end = encoding.encode_single_token("<|endoftext|>")
-    assert end == encoding.n_vocab - 1 and vocabulary.byte_lengths(encoding)[end] == 0
-    assert end not in encoding.encode_ordinary(TEXTS["looks special"])
+    tokenizer = vocabulary.load(name)
+    end = tokenizer.encode_single_token("<|endoftext|>")
+    assert end == tokenizer.n_vocab - 1 and vocabulary.byte_lengths(tokenizer)[end] == 0
+    assert end not in tokenizer.encode_ordinary(TEXTS["looks special"])
 
 
 def test_ids_that_a_vocabulary_leaves_out_are_no_bytes_long():
-    encoding = encoding_of(b"ab", special={"<|endoftext|>": 260, "<|other|>": 258})
-    assert vocabulary.token_bytes(encoding) == [*(bytes([b]) for b in range(256)), b"ab", *[b""] * 4]
-    assert vocabulary.byte_lengths(encoding).tolist() == [1] * 256 + [2, 0, 0, 0, 0]
+    tokenizer = tokenizer_of(b"ab", special={"<|endoftext|>": 260, "<|other|>": 258})
+    assert vocabulary.token_bytes(tokenizer) == [*(bytes([b]) for b in range(256)), b"ab", *[b""] * 4]
+    assert vocabulary.byte_lengths(tokenizer).tolist() == [1] * 256 + [2, 0, 0, 0, 0]
 
 
 def test_bpe_is_the_shipped_vocabulary():
-    encoding = vocabulary.load("bpe")
-    assert encoding.n_vocab == 4096
-    assert len(encoding.encode_ordinary("    def __init__(self):\n        return self\n")) < 15
+    tokenizer = vocabulary.load("bpe")
+    assert tokenizer.n_vocab == 4096
+    assert len(tokenizer.encode_ordinary("    def __init__(self):\n        return self\n")) < 15
     again = vocabulary.load(str(ROOT / "data" / "python4096.tiktoken"))
-    assert vocabulary.fingerprint(again) == vocabulary.fingerprint(encoding)
+    assert vocabulary.fingerprint(again) == vocabulary.fingerprint(tokenizer)
 
 
 def test_a_file_is_a_tokenizer(tmp_path):
     path = tmp_path / "my.tiktoken"
     bpe.save({bytes([b]): b for b in range(256)} | {b"lo": 256, b"low": 257}, path)
-    encoding = vocabulary.load(str(path))
-    assert encoding.encode_ordinary("lowlot,low") == [257, 256, *b"t,", 257]
-    assert encoding.encode_single_token("<|endoftext|>") == 258 == encoding.n_vocab - 1
+    tokenizer = vocabulary.load(str(path))
+    assert tokenizer.encode_ordinary("lowlot,low") == [257, 256, *b"t,", 257]
+    assert tokenizer.encode_single_token("<|endoftext|>") == 258 == tokenizer.n_vocab - 1
 
 
 # Fingerprints.
 
 
 def test_fingerprints_differ_when_any_id_stands_for_other_bytes():
-    encodings = [
+    tokenizers = [
         vocabulary.load("bytes"),
         vocabulary.load("bpe"),
-        encoding_of(b"ab"),
-        encoding_of(b"ac"),
-        encoding_of(b"ab", b"ac"),
-        encoding_of(b"ac", b"ab"),
-        encoding_of(b"ab", b"cde"),  # the same bytes in a row as the next
-        encoding_of(b"abc", b"de"),
-        encoding_of(b"ab", special={"<|endoftext|>": 259}),
+        tokenizer_of(b"ab"),
+        tokenizer_of(b"ac"),
+        tokenizer_of(b"ab", b"ac"),
+        tokenizer_of(b"ac", b"ab"),
+        tokenizer_of(b"ab", b"cde"),  # the same bytes in a row as the next
+        tokenizer_of(b"abc", b"de"),
+        tokenizer_of(b"ab", special={"<|endoftext|>": 259}),
     ]
-    assert len({vocabulary.fingerprint(encoding) for encoding in encodings}) == len(encodings)
+    assert len({vocabulary.fingerprint(tokenizer) for tokenizer in tokenizers}) == len(tokenizers)
 
 
 def test_fingerprint_is_of_the_vocabulary_not_of_the_name():
@@ -124,7 +124,7 @@ def test_fingerprint_is_of_the_vocabulary_not_of_the_name():
 
 
 def test_fingerprint_is_the_same_in_every_process():
-    code = "from data import tokenizer; print(*[vocabulary.fingerprint(vocabulary.load(n)) for n in ('bytes', 'bpe')])"
+    code = "from data import vocabulary; print(*[vocabulary.fingerprint(vocabulary.load(n)) for n in ('bytes', 'bpe')])"
     expected = [vocabulary.fingerprint(vocabulary.load(name)) for name in ("bytes", "bpe")]
     for seed in ("0", "1"):
         environment = os.environ | {"PYTHONHASHSEED": seed}

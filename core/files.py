@@ -1,0 +1,46 @@
+"""Files that are whole or not there, and locks between processes. A leaf: it imports nothing of ours."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextlib.contextmanager
+def atomic(path, mode="w"):
+    """An open file (UTF-8, unless `mode` is "wb") whose content stands at `path` once the block has ended.
+
+    It is written to the side, flushed to the disk and renamed into place: a kill leaves the old file or the new one. An
+    exception in the block leaves the old one, and nothing beside it.
+    """
+    part = Path(f"{path}.part")
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            flush(file)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def flush(file):
+    """Wait until what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def lock(path, wait=False):
+    """Keep other processes out while the FileLock returned exists. None where another one is in and `wait` is False.
+
+    The kernel ends the lock with its process, however that ends; the empty file at `path` stays.
+    """
+    held = FileLock(path, fallback_to_soft=False)
+    try:
+        held.acquire(blocking=wait)
+    except Timeout:
+        return None
+    except OSError:  # On a file system without locks, nothing keeps the others out.
+        pass
+    return held

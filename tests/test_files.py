@@ -1,0 +1,107 @@
+"""Files are whole or as they were, whatever happens in between; a lock lets one in."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from core import files, runs
+from core.errors import UserError
+from core.settings import Config
+
+TEXT = "naïve 日本語 👍\n"
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "file"
+    for mode, old, new in (("w", None, TEXT), ("wb", TEXT.encode(), b"\xff\n"), ("w", b"\xff\n", "")):
+        with files.atomic(path, mode) as file:
+            file.write(new)
+            file.flush()
+            assert (path.read_bytes() if path.exists() else None) == old
+        assert path.read_bytes() == (new if mode == "wb" else new.encode())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def write_half(path, error):
+    with files.atomic(path) as file:
+        file.write("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_what_was_there(tmp_path, error):
+    for path in (tmp_path / "new", tmp_path / "old"):
+        if path.name == "old":
+            path.write_text("whole")
+        with pytest.raises(error):
+            write_half(path, error)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "whole")]
+
+
+def test_text_is_utf8_wherever_it_is_written(tmp_path):
+    code = f"from core import files\nwith files.atomic({str(tmp_path / 'file')!r}) as file: file.write({TEXT!a})"
+    root = files.Path(files.__file__).parent.parent
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=root, env={"LC_ALL": "C"}, check=True)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == TEXT
+
+
+def test_a_folder_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), files.atomic(tmp_path / "missing" / "file"):
+        pass
+
+
+def test_a_lock_lets_one_in_and_the_next_when_it_is_gone(tmp_path):
+    lock = files.lock(tmp_path / "lock")
+    assert lock is not None and files.lock(tmp_path / "lock") is None
+    waiting = threading.Thread(target=files.lock, args=(tmp_path / "lock", True))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    lock.release()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_where_files_cannot_be_locked_nobody_is_kept_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.FileLock, "acquire", lambda self, **_: (_ for _ in ()).throw(OSError(37, "no locks")))
+    assert files.lock(tmp_path / "lock") is not None and files.lock(tmp_path / "lock", wait=True) is not None
+
+
+def test_a_checkpoint_makes_way_only_for_a_whole_one(tmp_path, monkeypatch):
+    steps = lambda: {path.name: runs.load(path)["step"] for path in tmp_path.iterdir()}  # noqa: E731
+    state = {"model": {}, "config": {}, "step": 0}
+    for step in (1, 2, 3):
+        runs.save(tmp_path, runs.CKPT, state | {"step": step})
+    runs.save(tmp_path, runs.BEST, state | {"step": 2})
+    whole = {"ckpt.pt": 3, "ckpt_prev.pt": 2, "best.pt": 2}
+    assert steps() == whole
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for module, name in ((runs.torch, "save"), (files.os, "fsync")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(OSError, match="No space"):
+                runs.save(tmp_path, runs.CKPT, state | {"step": 4})
+        assert steps() == whole
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    good = {"model": {}, "config": {}, "step": 1}
+    for wrong, said in (
+        ([], "no checkpoint of ours"),
+        ({}, "no checkpoint of ours"),
+        ({**good, "step": None}, "no checkpoint of ours"),
+        ({**good, "config": []}, "no checkpoint of ours"),
+        ({**good, "config": {"n_layers": 1}}, "does not know: n_layers"),
+    ):
+        runs.torch.save(wrong, path)
+        with pytest.raises(UserError, match=said) as error:
+            runs.load(tmp_path)
+        assert str(path) in str(error.value)
+    runs.torch.save(good, path)
+    assert runs.config_of(runs.load(tmp_path)) == Config()  # settings that it is older than have their defaults
