@@ -51,7 +51,11 @@ class Workers:
         finally:
             self.devices.put(device)
         if status and not self.stopped.is_set():
-            said = [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.startswith(script)]
+            said = [
+                line
+                for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))
+                if line.startswith(script)
+            ]
             why = f"killed by signal {-status}" if status < 0 else said[-1] if said else f"exit status {status}"
             raise UserError(f"{name}: {why} (all it said is in {log})")
 
