@@ -56,7 +56,7 @@ class Compare(Config):
         if self.docs:
             page, marks = Path(self.docs) / "results.md", (f"<!-- {out.name} -->", f"<!-- /{out.name} -->")
             require(page.is_file(), f"--docs={self.docs} has no results.md")
-            held = page.read_text()
+            held = page.read_text(encoding="utf-8")
             placed = f"{marks[0]}\n" in held and marks[1] in held
             require(placed, f"{page} has no place for the tables: the lines {marks[0]} and {marks[1]}")
 

@@ -69,7 +69,7 @@ class Options(Reading):
             require(Path(path).parent.is_dir(), f"--{key}={path}: there is no folder {Path(path).parent}")
             require(not path or not Path(path).is_dir(), f"--{key}={path} is a folder; name a file in it")
         page, mark = Path(self.table), f"<!-- {self.kind} -->"
-        mine = not self.table or not page.exists() or mark in page.read_text(errors="replace")
+        mine = not self.table or not page.exists() or mark in page.read_text(encoding="utf-8", errors="replace")
         require(mine, f"--table={page} has no line {mark}, so the table would replace all of it")
         out = Path(self.out_dir)
         held = any((out / name).exists() for name in (runs.CKPT, "config.json"))

@@ -51,7 +51,11 @@ class Workers:
         finally:
             self.devices.put(device)
         if status and not self.stopped.is_set():
-            said = [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.startswith(script)]
+            said = [
+                line
+                for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))
+                if line.startswith(script)
+            ]
             why = f"killed by signal {-status}" if status < 0 else said[-1] if said else f"exit status {status}"
             raise UserError(f"{name}: {why} (all it said is in {log})")
 
@@ -99,12 +103,11 @@ def trained(workers, config, argv, checksum, *flags):
     UserError where a script fails.
     """
     folder = Path(config.out_dir)
-    saved, wanted = (
-        settings_of(known, config) for known in (runs.read_json(folder / "config.json"), runs.plain(config))
-    )
+    saved, wanted = runs.read_json(folder / "config.json"), runs.plain(config)
     _, records, _ = left(folder / "reach")
     # The records are looked at too: a run that was told to go on has its new settings before it has gone.
-    if saved != wanted or not up_to_date(records, config.max_steps, checksum):
+    same = settings_of(saved, config) == settings_of(wanted, config)
+    if not same or not up_to_date(records, config.max_steps, checksum):
         quiet = "--length_targets=0"  # its closing table would be measured twice
         workers.call(folder.name, "train.py", quiet, *argv, f"--seed={config.seed}", f"--out_dir={folder}")
     return measured(workers, folder, config.max_steps, checksum, *flags)
@@ -127,7 +130,8 @@ def measured(workers, run, step, checksum, *flags):
     def read():
         command, records, written = left(folder)
         same = command.startswith(shlex.join(["python", "evaluate.py", *argv]))
-        return same and written >= runs.find(run).stat().st_mtime and up_to_date(records, step, checksum) and records
+        newer = written >= runs.find(run).stat().st_mtime
+        return records if same and newer and up_to_date(records, step, checksum) else {}
 
     if not read():
         workers.call(f"{run.name}-reach", "evaluate.py", *argv)
@@ -139,7 +143,7 @@ def measured(workers, run, step, checksum, *flags):
 
 def left(folder):
     """A folder that evaluate.py wrote into -> (its command, {name: record}, the time when it was written)."""
-    for name in ("results.json", "length.json"):  # the second is what it was called first
+    for name in ("results.json", "length.json"):  # the second is its older name
         file = folder / name
         saved = runs.read_json(file)
         if "runs" in saved:
@@ -150,6 +154,6 @@ def left(folder):
 
 
 def up_to_date(records, step, checksum):
-    """Whether the records are of that step and corpus."""
-    current = [r["step"] == step and r.get("data_checksum", checksum) == checksum for r in records.values()]
-    return bool(current) and all(current)
+    """Whether there are records, and all of them of that step and corpus."""
+    known = {(record["step"], record.get("data_checksum", checksum)) for record in records.values()}
+    return known == {(step, checksum)}
