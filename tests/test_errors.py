@@ -1,11 +1,13 @@
 """A mistake is one line that names the command, under torchrun too, whoever makes it."""
 
+import subprocess
 import sys
 
 import pytest
 from tiny import ROOT, TORCHRUN, finish
 
 SCRIPT = f"""
+import subprocess
 import sys
 
 sys.path.insert(0, {str(ROOT)!r})

@@ -13,7 +13,7 @@ from tiny import ENV, ROOT
 LEAVES = {"core.errors", "core.start", "core.files"}
 ENCODINGS = {"core.encoding", "posenc", "zoo.*"}
 PLACES = {"core.place", "core.report"}
-MODEL = LEAVES | ENCODINGS | PLACES | {"core.attention", "core.cache", "model"}
+MODEL = LEAVES | ENCODINGS | PLACES | {"core.attention", "core.cache", "core.norms", "model"}
 SETTINGS = MODEL | {"core.flags", "core.settings", "core.optimizers"}
 RUNS = SETTINGS | {"data", "data.*", "core.runs", "core.measure"}
 MAY_IMPORT = {
@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "core.report": {"core.errors", "core.files"},
     "core.optimizers": {"core.errors"},
     "core.attention": {"core.place", "core.encoding"},
-    "core.cache": {"core.attention", "core.place", "core.encoding"},
-    "model": {"posenc", "core.attention", "core.cache", "core.errors"},
+    "core.norms": set(),
+    "core.cache": {"core.attention", "core.place", "core.encoding", "core.errors"},
+    "model": {"posenc", "core.attention", "core.cache", "core.norms", "core.errors"},
     "core.settings": {"model", "posenc", "core.flags", "core.errors"},
     "data": {"data.*", "core.errors", "core.files", "core.flags"},  # never the model
     "data.*": {"data", "data.*", "core.errors", "core.files", "core.flags"},
