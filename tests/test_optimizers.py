@@ -1,9 +1,11 @@
 """Our Muon against torch's, and which parameters decay."""
 
 import copy
+import math
 
 import pytest
 import torch
+from tiny import bound
 
 from core import optimizers, runs
 from core.place import Place
@@ -18,7 +20,8 @@ def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values():
         u, _, v = torch.linalg.svd(x, full_matrices=False)
         inside = u.mT @ y @ v.mT
         values = inside.diagonal(dim1=1, dim2=2)
-        assert (inside - torch.diag_embed(values)).abs().max() < 1e-6
+        rounding = bound(torch.float64, 5 * 3 * 40, scale=60)  # 5 steps of 3 products, on which small values grow
+        assert (inside - torch.diag_embed(values)).abs().max() < rounding
         assert 0.6 < values.min() <= values.max() < 1.3
 
 
@@ -35,7 +38,8 @@ def test_muon_is_torchs_muon():
         one.step()
         two.step()
     for before, mine, other in zip(start, ours, theirs, strict=True):
-        assert (mine - other).norm() < 0.02 * (other - before).norm()
+        # 5 steps of 3 products round independently, and the norm of independent errors grows as their number's root.
+        assert (mine - other).norm() < bound(torch.bfloat16, math.sqrt(5 * 3)) * (other - before).norm()
 
 
 def test_momentum_survives_a_checkpoint():

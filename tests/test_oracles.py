@@ -1,7 +1,7 @@
 """Every positional encoding against its published formula, in plain loops: one query, one key and one head at a time.
 
 Nothing here is derived from posenc.py. Each test names the paper and the public code that its formula follows. All is
-in float64, the encodings too, so that 1e-10 is rounding and no more; a wider tolerance says where float32 stays.
+in float64, the encodings too, so that EXACT is rounding and no more; a wider tolerance says where float32 stays.
 """
 
 import itertools
@@ -10,10 +10,13 @@ import math
 import pytest
 import torch
 from hooks import logits, rotate
+from tiny import bound
 
 import posenc
 from core.encoding import Pairs
 
+# No formula adds more than 500 terms, and none is larger than 4000: positions, whose angles are rounded as they are.
+EXACT = bound(torch.float64, 500, scale=4000)
 SIZES = dict(n_embd=24, n_head=4, n_kv_head=2, head_dim=8, train_length=16)
 BESIDE = list(range(3, 13))  # positions of the keys: neighbours, away from zero,
 APART = [0, 1, 2, 5, 6, 14, 15, 16, 47, 200]  # with gaps, below and far above the training length,
@@ -59,7 +62,7 @@ def pairs(encoding):
     return [(b, h, t, s) for b, h, t, s in grid if s <= 10 - QUERIES + t]
 
 
-def compare(encoding, expected, positions=(BESIDE, APART), length=None, tolerance=1e-10):
+def compare(encoding, expected, positions=(BESIDE, APART), length=None, tolerance=EXACT):
     """Every logit against expected(q, k, i, j, h), which takes a query, a key, their positions and the head."""
     for pos in positions:
         given, q, k, _ = ask(encoding, pos, length)
@@ -106,6 +109,9 @@ def turned(x, p, frequencies, amplitude=1.0):
     return out
 
 
+ANGLE = bound(torch.float32, 2)  # of an angle in float32, relative: a frequency is rounded, and its product with p
+
+
 @pytest.mark.parametrize("base", [10000.0, 100.0])
 def test_sinusoids(base):
     # Vaswani et al. 2017, section 3.5.
@@ -113,8 +119,8 @@ def test_sinusoids(base):
     embedded = make(f"sinusoidal(base={base})").embed(torch.tensor(pos)).tolist()
     inside = make(f"ffn(base={base})").ffn(torch.tensor(pos), 128).tolist()
     for row, p in enumerate(pos):
-        assert embedded[row] == pytest.approx(wave(p, 24, base), abs=1e-4)  # angles up to 500 in float32: 500 * 2^-24
-        assert inside[row] == pytest.approx(wave(p, 128, base), abs=1e-4)
+        assert embedded[row] == pytest.approx(wave(p, 24, base), abs=ANGLE * 500)
+        assert inside[row] == pytest.approx(wave(p, 128, base), abs=ANGLE * 500)
 
 
 def test_fourier():
@@ -125,7 +131,7 @@ def test_fourier():
     for row, p in enumerate(pos):
         features = [math.cos(p * f) for f in w] + [math.sin(p * f) for f in w] + [math.log(1 + p)]
         expected = linear(encoding.outer, gelu(linear(encoding.inner, features)))
-        assert given[row] == pytest.approx(expected, abs=1e-10)
+        assert given[row] == pytest.approx(expected, abs=EXACT)
     # They start log-uniform in [1e-4, 1] (POSENC.md): a quarter of them in each factor of ten.
     many = torch.empty(4000, dtype=torch.float64)
     encoding.init_parameter("frequency", many, torch.Generator().manual_seed(0))
@@ -147,7 +153,7 @@ def test_recurrent_learned():
         step = linear(encoding.outer, gelu(linear(encoding.inner, [x / rms for x in code])))
         code = [x + y for x, y in zip(code, step, strict=True)]
     for row, p in enumerate([0, 1, 2, 15, 16, 40]):
-        assert given[row] == pytest.approx(codes[p], rel=1e-10, abs=1e-10)
+        assert given[row] == pytest.approx(codes[p], rel=EXACT, abs=EXACT)
 
 
 @pytest.mark.parametrize("base", [10000.0, 1000.0])
@@ -157,7 +163,7 @@ def test_recurrent_linear(base):
     given = posenc.build(f"recurrent(form='linear', base={base})", 1, **SIZES)[0].embed(torch.tensor(pos))
     assert given.dtype == torch.float32
     for row, p in enumerate(pos):
-        assert given[row].tolist() == pytest.approx(wave(p, 24, base), abs=1e-6)
+        assert given[row].tolist() == pytest.approx(wave(p, 24, base), abs=bound(torch.float32, 1))
 
 
 def test_the_two_term_recurrence_drifts():
@@ -191,11 +197,15 @@ def alibi_slopes(heads, slopes):
 def test_alibi(heads, slopes):
     encoding = make(f"alibi(slopes='{slopes}')", n_head=heads, n_kv_head=heads)
     expected = alibi_slopes(heads, slopes)
-    exact = all(math.log2(slope).is_integer() for slope in expected)  # others are kept in float32: 200 * .7 * 2^-24
-    compare(encoding, lambda q, k, i, j, h: content(q, k) - expected[h] * (i - j), tolerance=1e-10 if exact else 1e-5)
+    exact = all(math.log2(slope).is_integer() for slope in expected)  # others are kept in float32, distances up to 200
+    tolerance = EXACT if exact else bound(torch.float32, 1, scale=200 * max(expected))
+    compare(encoding, lambda q, k, i, j, h: content(q, k) - expected[h] * (i - j), tolerance=tolerance)
+    # In four digits.
     published = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625, 0.7071, 0.3536, 0.1768, 0.0884]
     if slopes == "authors" and heads in (8, 12):
-        assert (-encoding.distance_bias(torch.tensor(1))).tolist() == pytest.approx(published[:heads], abs=5e-5)
+        assert (-encoding.distance_bias(torch.tensor(1))).tolist() == pytest.approx(
+            published[:heads], abs=5e-5
+        )  # four digits
 
 
 def t5_bucket(n, buckets, max_distance, bidirectional):
@@ -280,7 +290,8 @@ def test_sandwich(dims):
         total = sum(math.cos((i - j) / 10000 ** (2 * m / dims)) for m in range(1, dims // 2 + 1))
         return content(q, k) + (total - dims / 2) / (8 * (h + 1) / 4)
 
-    compare(make(f"sandwich(dims={dims})"), logit, tolerance=1e-4)  # 64 cosines in float32, over 2: 200 * 2^-24 each
+    angles = sum(200 / 10000 ** (2 * m / dims) for m in range(dims // 2))  # of the cosines, in float32
+    compare(make(f"sandwich(dims={dims})"), logit, tolerance=ANGLE * angles / 2)
 
 
 def ntk(width, scale, base=10000.0):
@@ -361,12 +372,12 @@ def test_rope(spec, length, frequencies, amplitude):
         assert new.shape == old.shape
         for h, (t, p) in itertools.product(range(old.shape[1]), enumerate(where)):
             one = turned(old[0, h, t].tolist(), p, frequencies, amplitude)
-            assert new[0, h, t].tolist() == pytest.approx(one, abs=1e-9)
+            assert new[0, h, t].tolist() == pytest.approx(one, abs=EXACT)
 
     def logit(q, k, i, j, h):
         return content(turned(q, i, frequencies, amplitude), turned(k, j, frequencies, amplitude))
 
-    compare(encoding, logit, positions=[BESIDE, pos], length=length, tolerance=1e-9)
+    compare(encoding, logit, positions=[BESIDE, pos], length=length)
 
 
 @pytest.mark.parametrize("length", [64, 512, 2048])
@@ -379,7 +390,7 @@ def test_bands_at_the_width_of_llama(scaling, length):
     x = torch.ones(1, 1, 1, 64, dtype=torch.float64)
     encoding = make(f"rope(scaling='{scaling.__name__}')", head_dim=64, train_length=length)
     given = rotate(encoding, x, x, torch.tensor([777]), torch.tensor([777]), 4000)[0]
-    assert given.flatten().tolist() == pytest.approx(turned([1.0] * 64, 777, frequencies, amplitude), abs=1e-9)
+    assert given.flatten().tolist() == pytest.approx(turned([1.0] * 64, 777, frequencies, amplitude), abs=EXACT)
 
 
 def test_ntk_end_ratios():
@@ -388,8 +399,8 @@ def test_ntk_end_ratios():
     x = torch.tensor([1.0] * 8 + [0.0] * 8, dtype=torch.float64).view(1, 1, 1, 16)
     one = rotate(encoding, x, x, torch.tensor([1]), torch.tensor([1]), 2)[0].flatten().tolist()
     ratios = [math.atan2(one[m + 8], one[m]) / w for m, w in enumerate(theta(16))]
-    assert ratios[0] == pytest.approx(1, rel=1e-10)
-    assert ratios[-1] == pytest.approx(1 / 8, rel=1e-9)
+    assert ratios[0] == pytest.approx(1, rel=EXACT)
+    assert ratios[-1] == pytest.approx(1 / 8, rel=EXACT)
     assert all(high > low for high, low in itertools.pairwise(ratios))
 
 
@@ -406,7 +417,7 @@ def test_xpos(gamma, scale_base):
         return sum(power[m] * (q[m] * k[m] + q[m + 4] * k[m + 4]) for m in range(4)) / math.sqrt(8)
 
     encoding = make(f"xpos(gamma={gamma}, scale_base={scale_base})")
-    compare(encoding, logit, positions=(BESIDE, APART, FAR), tolerance=1e-7 if gamma == 1e9 else 1e-10)
+    compare(encoding, logit, positions=(BESIDE, APART, FAR), tolerance=1e-7 if gamma == 1e9 else EXACT)
 
 
 @pytest.mark.parametrize(
@@ -415,12 +426,12 @@ def test_xpos(gamma, scale_base):
 )
 def test_rerope(spec, window, leak):
     # Su 2023 (kexue.fm/archives/9708); rerope_patch.py and leaky_rerope_patch.py in bojone/rerope, without the log-n
-    # temperature that they also put on the queries. A third of a distance is rounded to float32: 70 * 2^-24.
+    # temperature that they also put on the queries. A third of a distance up to 200 is rounded to float32.
     def logit(q, k, i, j, h):
         n = i - j
         return content(turned(q, n if n < window else window + (n - window) / leak, theta(8)), k)
 
-    compare(make(spec), logit, tolerance=1e-5 if leak == 3 else 1e-10)
+    compare(make(spec), logit, tolerance=bound(torch.float32, 8, scale=200 / 3) if leak == 3 else EXACT)
 
 
 @pytest.mark.parametrize(("window", "group"), [(0, 4), (6, 3), (7, 3)])
@@ -457,13 +468,13 @@ def test_shaw(clip, with_values):
         for s in range(10 - QUERIES + t + 1):
             row = zip(v[b, h, s].tolist(), value[min(APART[t - QUERIES] - APART[s], clip)], strict=True)
             expected = [x + weights[b, h, t, s].item() * (y + z) for x, (y, z) in zip(expected, row, strict=True)]
-        assert given[b, h, t].tolist() == pytest.approx(expected, abs=1e-10)
+        assert given[b, h, t].tolist() == pytest.approx(expected, abs=EXACT)
 
 
 @pytest.mark.parametrize("base", [10000.0, 100.0])
 def test_transformer_xl(base):
     # Dai et al. 2019, section 3.3; RelPartialLearnableMultiHeadAttn of kimiyoung/transformer-xl. Theirs puts all sines
-    # before all cosines, which is the same up to the order of the columns of W. Sinusoids in float32: 200 * 2^-24.
+    # before all cosines, which is the same up to the order of the columns of W. Sinusoids are in float32.
     encoding = make(f"transformer_xl(base={base})")
     u, v = encoding.u.tolist(), encoding.v.tolist()
     codes = {}  # W r_n
@@ -475,7 +486,9 @@ def test_transformer_xl(base):
         r = codes[n][h * 8 : h * 8 + 8]
         return (dot(q, k) + dot(q, r) + dot(u[h][0], k) + dot(v[h][0], r)) / math.sqrt(8)
 
-    compare(encoding, logit, tolerance=1e-4)
+    # The angles of 12 frequencies, as sines and cosines, times weights and a query of 8 numbers near 1, over sqrt(8).
+    angles = 2 * sum(200 / base ** (m / 12) for m in range(12))
+    compare(encoding, logit, tolerance=ANGLE * angles * 8 / math.sqrt(8))
 
 
 @pytest.mark.parametrize("max_position", [64, 4])
@@ -494,7 +507,7 @@ def test_cope(max_position):
         low = math.floor(p)
         at_low, at_high = dot(query, table[low]), dot(query, table[math.ceil(p)])
         expected = content(query, keys[s]) + (1 - (p - low)) * at_low + (p - low) * at_high
-        assert given[b][h][t][s] == pytest.approx(expected, abs=1e-10)
+        assert given[b][h][t][s] == pytest.approx(expected, abs=EXACT)
     assert (clamped > 0) == (max_position == 4)
 
 
@@ -505,7 +518,7 @@ def test_fox():
     kept = [[[-math.log(1 + math.exp(-u)) for u in linear(encoding.gate, x_t)] for x_t in row] for row in x]
     for b, h, t, s in pairs(encoding):
         between = sum(kept[b][m][h] for m in range(s + 1, 10 - QUERIES + t + 1))  # the query's gate, not the key's
-        assert given[b][h][t][s] == pytest.approx(content(q[b][h][t], k[b][h][s]) + between, abs=1e-10)
+        assert given[b][h][t][s] == pytest.approx(content(q[b][h][t], k[b][h][s]) + between, abs=EXACT)
     for chunks in ([4, 6], [1] * 10, [3, 1, 6]):  # a state that starts from the one before goes on with its sum
         totals, last = [], {}
         for part in torch.tensor(x, dtype=torch.float64).split(chunks, 1):
@@ -515,7 +528,7 @@ def test_fox():
             last = {"total": totals[-1][:, :, -1:]}
         for b, h, m in itertools.product(range(2), range(4), range(10)):
             expected = sum(kept[b][n][h] for n in range(m + 1))
-            assert torch.cat(totals, 2)[b, h, m].item() == pytest.approx(expected, abs=1e-10)
+            assert torch.cat(totals, 2)[b, h, m].item() == pytest.approx(expected, abs=EXACT)
 
 
 @pytest.mark.parametrize("form", ["log", "power"])
@@ -533,7 +546,7 @@ def test_dape(form):
         hidden = [u if u > 0 else 0.01 * u for u in linear(encoding.inner, scores + biases)]
         signs |= {u > 0 for u in hidden}
         expected = scores[h] + biases[h] + linear(encoding.outer, hidden)[h]
-        assert given[b][h][t][s] == pytest.approx(expected, rel=1e-12, abs=1e-10)  # biases down to -800
+        assert given[b][h][t][s] == pytest.approx(expected, abs=EXACT)
     assert signs == {True, False}
 
 
