@@ -5,7 +5,7 @@ an environment, output, an exit status and signals of its own, and begins after 
 """
 
 import contextlib
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
