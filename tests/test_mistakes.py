@@ -95,11 +95,10 @@ def changed(model, spec):
 
 @pytest.fixture(scope="module")
 def trained():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products this small gain nothing from more, and lose where the cores are busy
     settings = dict(vocab_size=9, n_layer=2, n_head=4, n_embd=32, train_length=T)
-    yield {p: fit(GPT(GPTConfig(posenc=p, **settings)), T, 16, 200, rate=4e-3) for p in ("sinusoidal", "rope", "alibi")}
-    torch.set_num_threads(threads)
+    return {
+        p: fit(GPT(GPTConfig(posenc=p, **settings)), T, 16, 200, rate=4e-3) for p in ("sinusoidal", "rope", "alibi")
+    }
 
 
 @pytest.fixture(autouse=True)

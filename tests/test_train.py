@@ -271,9 +271,10 @@ def test_compiled_runs_resume_exactly_and_save_plain_names(corpus, tmp_path):
     run_and_kill_and_run(corpus, tmp_path / "parts", **settings)
     assert same(state(tmp_path / "whole")["model"], state(tmp_path / "parts")["model"])
     assert not any("_orig_mod" in name for name in state(tmp_path / "whole")["model"])
-    run(corpus, tmp_path / "plain", **settings | {"compile": False})
-    plain, compiled = metrics(tmp_path / "plain", "val_loss"), metrics(tmp_path / "whole", "val_loss")
-    assert compiled[8] == pytest.approx(plain[8], rel=1e-2)
+    settings |= {"dropout": 0.0}  # which draws other masks when it is compiled
+    for name, compiled in (("plain", False), ("compiled", True)):
+        run(corpus, tmp_path / name, **settings | {"compile": compiled})
+    assert nearly(*(metrics(tmp_path / name, "val_loss") for name in ("plain", "compiled")))
 
 
 # ---- mistakes: one line, status 2, nothing overwritten
