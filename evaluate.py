@@ -31,7 +31,7 @@ from lab.tables import picture, pictures, table, tables
 
 @dataclass
 class Options(Reading):
-    """How runs are read, and what of them is measured. Several --posenc are each laid over every run."""
+    """Options for reading runs, and for what of them is measured. Several --posenc are each laid over every run."""
 
     usage: ClassVar[str] = "python evaluate.py RUN [RUN ...] [--key=value ...]"
     repeats: ClassVar[tuple] = ("posenc",)

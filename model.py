@@ -2,7 +2,7 @@
 
 Shapes: B sequences, T tokens of this call, S keys (those of this call and those before it), C the model's width,
 H heads of width D, V tokens in the vocabulary. Position enters through the hooks of an encoding (posenc.py) alone; how
-attention is computed stands in core/attention.py, and what a call stands behind in core/cache.py.
+attention is computed stands in core/attention.py; the past of a call, such as a cache, in core/cache.py.
 """
 
 import functools
@@ -28,7 +28,7 @@ class GPTConfig:
 
     posenc: str | list = "rope"  # positional encoding: a name, name(argument=value), or a list cycled over the layers
     train_length: int = 128  # T, the context length in tokens that training sees
-    original_length: int = 0  # the length that positions are relative to; 0 means T, init_from sets its run's
+    original_length: int = 0  # training length of the weights, to which positions are scaled; 0 means train_length
     vocab_size: int = 0  # tokens in the vocabulary; 0 takes the tokenizer's
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
@@ -71,7 +71,7 @@ class GPTConfig:
 
     @property
     def sizes(self):
-        """What every positional encoding is told."""
+        """The sizes that every positional encoding is told."""
         head_dim = self.n_embd // self.n_head
         return dict(
             n_embd=self.n_embd,
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.kv_heads
         self.head_dim, self.qk_norm, self.dropout = config.n_embd // config.n_head, config.qk_norm, config.dropout
-        self.trained = max(2, config.sizes["train_length"])
+        self.train_length = max(2, config.sizes["train_length"])  # at least 2, as `temper` divides by its logarithm
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         self.qkv = nn.Linear(config.n_embd, width, bias=bool(config.bias))
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias in (True, "attention"))
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         q = q[:, :, M - T :]
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
-        q = call.temper(q, self.trained)
+        q = call.temper(q, self.train_length)
         parts = call.parts(encoding, self.layer, q, k, v, x)
         y = attend(encoding, parts, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
@@ -124,7 +124,7 @@ class FeedForward(nn.Module):
         self.proj = nn.Linear(config.hidden, config.n_embd, bias=bias)
 
     def forward(self, x, added=None):
-        """x (B, T, C), added (T, hidden) to what the activation meets."""
+        """x (B, T, C) -> (B, T, C); `added` (T, hidden) is added to the input of the activation."""
         x, *gated = self.fc(x).chunk(2 if self.gated else 1, dim=-1)  # (B, T, hidden) each
         if added is not None:
             x = x + added.to(x.dtype)
@@ -145,8 +145,8 @@ class Block(nn.Module):
         self.drop, self.parallel = nn.Dropout(config.dropout), config.parallel_residual
 
     def forward(self, x, encoding, call):
-        behind = call.past.extend(self.attn.layer, x)  # (B, M, C), with what a memory holds before x
-        y = x + self.drop(self.attn(self.attn_norm(behind), encoding, call))
+        extended = call.past.extend(self.attn.layer, x)  # (B, M, C), with what a memory holds before x
+        y = x + self.drop(self.attn(self.attn_norm(extended), encoding, call))
         added = encoding.ffn(encoding.positions(call.pos, call.length), self.ff.hidden)
         return y + self.drop(self.ff(self.ff_norm(x if self.parallel else y), added))
 
@@ -193,10 +193,10 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, past=None, *, pos=None, last=None, segments=1, watch=None):
         """tokens (B, T) -> logits (B, T, V), or with targets (B, T) the loss of every token in nats (B, T).
 
-        A target of -1 counts as 0. `past` is what lies before the tokens, and takes them in: a Cache, Slots or a Memory
-        (core/cache.py); its window, sinks and log_n hold for this call. pos (T,) are ascending positions, by default
-        those that follow the past's. `last` keeps only that many final positions of the output (targets are then
-        (B, last)). `segments` reads the tokens in so many equal parts, each over a Memory of the one before.
+        A target of -1 counts as 0. `past` is a Cache, Slots or a Memory (core/cache.py), which comes before the tokens
+        and takes them in; a cache's window, sinks and log_n hold for this call. pos (T,) are ascending positions, by
+        default those after the past's. `last` keeps only that many final positions of the output (targets are then
+        (B, last)). `segments` reads the tokens in as many parts, each over a Memory of the one before.
         ValueError for positions past `max_length`.
 
         watch(layer, encoding, new, pairs) is called in every layer before attention: `new` are the Pairs of this call's
@@ -218,14 +218,15 @@ class GPT(nn.Module):
 
     def embed(self, tokens, call):
         """tokens (B, T) -> (B, T, C): their embeddings, and what the encoding adds to them, each normalised alone."""
-        x, first = self.token_norm(self.token(tokens)), self.posenc[0]
+        x = self.token_norm(self.token(tokens))
+        first = self.posenc[0]  # all layers share an encoding that acts here
         if first.embeds:
             added = first.embed(first.positions(call.pos, call.length))
             x = x + self.token_norm(added.to(x.dtype))
         return self.drop(x)
 
     def by_segments(self, tokens, targets, count, watch):
-        """`forward` in so many equal parts, each over a Memory of what entered the layers for the one before."""
+        """`forward` in `count` parts, each over a Memory of what entered the layers for the one before."""
         memory, inputs = Memory(), tokens.chunk(count, dim=1)
         wanted = [None] * count if targets is None else targets.chunk(count, dim=1)
         return torch.cat([self(x, y, memory, watch=watch) for x, y in zip(inputs, wanted, strict=True)], dim=1)
@@ -259,7 +260,7 @@ def nats(logits, targets):
 
 
 def derive_seed(*key):
-    """A 63-bit seed from any values: hash() differs from process to process, and arithmetic on seeds collides."""
+    """A 63-bit seed from any values: hash() differs from process to process, and sums of seeds collide."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
@@ -305,7 +306,7 @@ def generate(
         else:
             if index == 1 and compiled is not None:  # the prompt is in the cache, and from here on shapes stay
                 forward, cache, pos = compiled, Slots(cache), cache.pos[-1:]
-            pos = None if pos is None else pos + 1  # a new tensor: encodings know positions by the tensor itself
+            pos = None if pos is None else pos + 1  # a new tensor, as encodings remember tables by its identity
             for piece in pieces(tokens, cache):
                 logits = forward(piece, past=cache, last=1, pos=pos)
         logits = logits[:, -1].masked_fill(barred, -math.inf)

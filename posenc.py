@@ -19,7 +19,7 @@ from torch import nn
 
 from core.encoding import ENCODINGS, Encoding, along_heads, build, derives, every, merge, parse
 
-# Whoever names encodings asks this module, which has loaded all of them.
+# Import encodings and their language from here: this module has loaded all of them.
 __all__ = ["ENCODINGS", "Encoding", "build", "derives", "every", "merge", "parse"]
 
 

@@ -30,7 +30,7 @@ from model import generate
 
 @dataclass
 class Options(Reading):
-    """What sample.py can be told, beside the options that it shares with evaluate.py."""
+    """The options of sample.py, beside those that it shares with evaluate.py."""
 
     usage: ClassVar[str] = "python sample.py RUN [--key=value ...]"
 
@@ -90,9 +90,11 @@ def check(options, model, prompt, count):
             model.check_length(len(prompt) + count - 1)
         except ValueError as error:
             raise UserError(f"--tokens={count}: {error}") from None
-    keeps = [encoding.name for encoding in model.posenc if encoding.keeps]
-    if options.compile and keeps:
-        raise UserError(f"--compile: {keeps[0]} keeps more than keys and values for every token; leave out --compile")
+    stateful = [encoding.name for encoding in model.posenc if encoding.has_state]
+    if options.compile and stateful:
+        raise UserError(
+            f"--compile: {stateful[0]} keeps more than keys and values for every token; leave out --compile"
+        )
 
 
 def write_texts(model, tokenizer, prompt, count, options, place):

@@ -1,4 +1,4 @@
-"""Attention: first written out as it is defined, then the forms that compute the same sooner, and the choice of one.
+"""Attention: first written out as it is defined, then the faster forms that compute the same, and the choice of one.
 
 Shapes: B sequences, T queries, S keys, H heads of width D, H_kv heads of keys and values.
 """
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from core.encoding import Pairs
 from core.place import no_compiler
 
-CHUNK = 256  # queries whose logits are computed at once; in longer windows, gradients compute them anew
+CHUNK = 256  # queries whose logits are computed at once; beyond it, the backward pass computes them anew
 BLOCK = 128  # queries, and keys, that flex_attention skips or masks together
 
 
@@ -26,7 +26,7 @@ def written_out(encoding, parts, dropout=0.0):
     The keys of several parts stand side by side.
     """
     parts = [ready(part) for part in parts]
-    logits = [hidden(encoding, part) for part in parts]  # (B, H, T, S) each
+    logits = [masked_logits(encoding, part) for part in parts]  # (B, H, T, S) each
     weights = (logits[0] if len(parts) == 1 else torch.cat(logits, dim=-1)).softmax(-1)
     weights = F.dropout(weights.to(parts[0].v.dtype), dropout)
     shares = weights.split([len(part.j) for part in parts], dim=-1)
@@ -37,11 +37,19 @@ def ready(pairs):
     """The Pairs with a mask, and with a key and a value for every head: H / H_kv heads of queries share theirs."""
     groups = pairs.q.shape[1] // pairs.k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (pairs.k, pairs.v))
-    seen = visible(pairs.i, pairs.j) if pairs.seen is None else pairs.seen
-    return Pairs(pairs.q, k, v, pairs.i, pairs.j, seen, pairs.state, pairs.own, pairs.length)
+    return Pairs(pairs.q, k, v, pairs.i, pairs.j, mask(pairs), pairs.state, pairs.own, pairs.length)
 
 
-def hidden(encoding, pairs):
+def mask(pairs):
+    """The Pairs' (T, S) bool: `seen`, or where it is None every key up to the query's own, the queries being the last
+    tokens of the keys. Positions do not come into it."""
+    if pairs.seen is not None:
+        return pairs.seen
+    T, S = len(pairs.i), len(pairs.j)
+    return torch.ones(T, S, dtype=torch.bool, device=pairs.q.device).tril(S - T)
+
+
+def masked_logits(encoding, pairs):
     """The logits of the Pairs (B, H, T, S), with minus infinity for keys that are not seen."""
     logits = encoding.logits(pairs)
     if encoding.biases and not encoding.writes_out:  # the bias is minus infinity there already
@@ -58,17 +66,18 @@ def visible(i, j, window=None, sinks=0):
     return seen if window is None else seen & ((j > i - window) | (j < sinks))
 
 
-# These forms compute the same sooner, each where it can. They take (encoding, parts, dropout), as `written_out` does.
+# These forms compute the same faster, each where it can. They take (encoding, parts, dropout), as `written_out` does.
 
 
-def fused(encoding, parts, dropout=0.0, mask=None):
-    """Attention by torch's fused kernel, for encodings that leave the logits alone, or add the `mask` (H, T, S)."""
+def fused(encoding, parts, dropout=0.0, bias=None):
+    """Attention by torch's fused kernel, for logits that the encoding leaves alone, or whose mask `bias` (H, T, S) is
+    added to them. Without a mask, T is 1 or S."""
     (pairs,) = parts
-    mask = pairs.seen if mask is None else mask
+    bias = pairs.seen if bias is None else bias
     return F.scaled_dot_product_attention(
-        pairs.q, pairs.k, pairs.v, attn_mask=mask, dropout_p=dropout,
+        pairs.q, pairs.k, pairs.v, attn_mask=bias, dropout_p=dropout,
         # The kernel's own triangle begins at the top left: right for T = S. One query over all keys needs no mask.
-        is_causal=mask is None and len(pairs.i) > 1, scale=pairs.v.shape[-1] ** -0.5,
+        is_causal=bias is None and len(pairs.i) > 1, scale=pairs.v.shape[-1] ** -0.5,
         enable_gqa=pairs.q.shape[1] != pairs.k.shape[1],
     )  # fmt: skip
 
@@ -76,9 +85,8 @@ def fused(encoding, parts, dropout=0.0, mask=None):
 def biased(encoding, parts, dropout=0.0):
     """Attention by the fused kernel, with the encoding's bias and the causal mask as one mask of numbers."""
     (pairs,) = parts
-    seen = visible(pairs.i, pairs.j) if pairs.seen is None else pairs.seen
-    mask = encoding.bias(pairs.i, pairs.j).masked_fill(~seen, -math.inf).to(pairs.q.dtype)
-    return fused(encoding, parts, dropout, mask)
+    numbers = encoding.bias(pairs.i, pairs.j).masked_fill(~mask(pairs), -math.inf).to(pairs.q.dtype)
+    return fused(encoding, parts, dropout, numbers)
 
 
 def chunked(form, encoding, parts, dropout=0.0):
@@ -102,18 +110,18 @@ def flex(encoding, parts, dropout=0.0):
     T, device = len(pairs.i), pairs.q.device
     table = encoding.distance_bias(torch.arange(T, device=device)).contiguous()  # (H, T)
     if torch.compiler.is_compiling():
-        attention, mask = flex_attention, triangle(T, device)
+        attention, blocks = flex_attention, triangle(T, device)
     else:
-        attention, mask = compiled_flex(), kept_triangle(T, device, torch.is_inference_mode_enabled())
+        attention, blocks = compiled_flex(), kept_triangle(T, device, torch.is_inference_mode_enabled())
     return attention(
-        pairs.q, pairs.k, pairs.v, scale=pairs.v.shape[-1] ** -0.5, block_mask=mask,
+        pairs.q, pairs.k, pairs.v, scale=pairs.v.shape[-1] ** -0.5, block_mask=blocks,
         enable_gqa=pairs.q.shape[1] != pairs.k.shape[1],
         score_mod=lambda score, b, h, i, j: score + table[h, (i - j).abs()],  # later keys take any entry, unseen
     )  # fmt: skip
 
 
 def attend(encoding, parts, dropout=0.0):
-    """Attention of the queries of `parts`, [Pairs] as `Call.parts` gives them, in the form that is soonest and still
+    """Attention of the queries of `parts`, [Pairs] as `Call.parts` gives them, in the fastest form that is
     right -> (B, H, T, D)."""
     form = choose(encoding, parts, dropout)
     return form(encoding, parts, dropout) if form in (fused, flex) else chunked(form, encoding, parts, dropout)
@@ -158,6 +166,7 @@ def triangle(T, device):
     """flex_attention's causal mask of T tokens, T a multiple of BLOCK. Its own way to make one starts from (T, T)."""
     i = torch.arange(T // BLOCK, device=device, dtype=torch.int32)  # row i: block i is masked, those before it are full
     diagonal, before = i[:, None].expand(-1, len(i)), i.expand(len(i), -1)
+    # For every row: the number of masked blocks and which they are, the number of full blocks and which they are.
     counted = (torch.ones_like(i), diagonal, i, before)
     return BlockMask.from_kv_blocks(*(x[None, None].contiguous() for x in counted), BLOCK, causal, seq_lengths=(T, T))
 

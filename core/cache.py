@@ -1,4 +1,4 @@
-"""What lies before a call of the model (a cache of keys, fixed slots, a memory of hidden states), and its geometry."""
+"""The past of a call of the model (a cache of keys, fixed slots, a memory of hidden states), and its geometry."""
 
 import math
 from collections.abc import Callable
@@ -15,12 +15,15 @@ WHOLE, PIECE = 1 << 14, 512  # tokens that enter an empty cache at once, and one
 
 
 class Past:
-    """What stands before the tokens of a call: nothing here, keys and values in a Cache, hidden states in a Memory.
+    """The past of a call: nothing here, keys and values in a Cache, hidden states in a Memory.
+
+    A call asks `end` where its tokens end, announces them to `advance`, and then in every layer uses `extend`, `last`
+    and `append`.
 
     window: queries see keys at a distance below it, besides the first `sinks` tokens; None or 0 means all keys.
-    log_n: queries that see n > T tokens are multiplied by ln n / ln T, which keeps attention from spreading (Su 2021,
-    kexue.fm/archives/8823). total: the number of tokens that will ever enter, for encodings that scale with the
-    context; by default those that have entered so far.
+    log_n: queries with n > T keys in sight, T the training length, are multiplied by ln n / ln T, which keeps attention
+    from spreading (Su 2021, kexue.fm/archives/8823). total: the number of tokens that will ever enter, for encodings
+    that scale with the context; by default those that have entered so far.
     """
 
     fixed = False  # tensors keep their shapes and places, whatever enters
@@ -30,25 +33,24 @@ class Past:
         self.next = 0  # the position of the next token
 
     def end(self, count, pos=None):
-        """The position behind `count` tokens that follow, or behind those at positions pos (T,)."""
+        """The position after the coming `count` tokens, or after those at positions pos (T,)."""
         return self.next + count if pos is None else int(pos[-1]) + 1
 
     def advance(self, pos, end):
-        """Take in the positions (T,) of the tokens that the coming call appends, and the position that follows them;
-        returns the positions of all keys (S,)."""
+        """Record positions (T,) of the call's tokens, and `end`, the one after them. Returns those of all keys (S,)."""
         self.next = end
         return pos
 
     def extend(self, layer, x):
-        """What enters a layer, x (B, T, C) -> (B, M, C), behind what entered it before."""
+        """The input of a layer, x (B, T, C) -> (B, M, C), after its input for the tokens before, if they are kept."""
         return x
 
     def last(self, layer):
-        """{name: (B, H, 1, any)} of the token before those just announced by `advance`, or {}."""
+        """{name: (B, H, 1, any)} of the token before those just announced, or {} where it is not kept."""
         return {}
 
     def append(self, layer, **new):
-        """new: name -> (B, H, T, any) of the tokens just announced; returns name -> (B, H, S, any) of all keys."""
+        """new: name -> (B, H, T, any) of the tokens just announced. Returns name -> (B, H, S, any) of all keys."""
         return new
 
 
@@ -101,13 +103,16 @@ class Cache(Past):
 class Slots(Cache):
     """A cache whose tensors keep their shapes and places from token to token, as a compiled model and a CUDA graph need
     it: room for `total` tokens from the start. It begins with what `cache` holds, takes one token at a time, whose
-    position has to be given, and keeps nothing but keys and values (ValueError). Unused places lie behind the query."""
+    position has to be given, has no window, and keeps nothing but keys and values (ValueError). Unused slots come after
+    the query, so that the causal mask hides them."""
 
     fixed = True
 
     def __init__(self, cache):
+        require(not cache.window, "fixed slots have no window")
         super().__init__(total=cache.total, log_n=cache.log_n)
         self.length, self.pos = cache.total, torch.arange(cache.total, device=cache.pos.device)
+        self.slot = None  # (1,) the slot of the present call's token
         for layer, held in cache.layers.items():
             require(held.keys() == {"k", "v"}, f"fixed slots hold keys and values, not {', '.join(held)}")
             self.layers[layer] = {name: x.new_zeros(*x.shape[:2], cache.total, x.shape[3]) for name, x in held.items()}
@@ -116,15 +121,16 @@ class Slots(Cache):
                 torch._dynamo.mark_static_address(x)
 
     def end(self, count, pos=None):
-        return self.total  # known without a look at pos, for which a GPU would have to be waited for
+        require(count == 1 and pos is not None, "fixed slots take one token at a time, with its position")
+        return self.total  # reading pos would make the CPU wait for the GPU
 
     def advance(self, pos, end):
-        self.new = pos
+        self.slot = pos
         return self.pos
 
     def append(self, layer, **new):
         for name, x in new.items():
-            self.layers[layer][name].index_copy_(2, self.new, x)
+            self.layers[layer][name].index_copy_(2, self.slot, x)
         return dict(self.layers[layer])
 
 
@@ -155,31 +161,34 @@ def pieces(tokens, cache):
 
 @dataclass
 class Call:
-    """The geometry of one call of the model, which all its layers share: what stands where, and who sees whom."""
+    """The geometry of one call of the model, which all its layers share: where tokens stand, and which see which."""
 
     past: Past
     pos: Tensor  # (T,) indices of this call's tokens
-    k_pos: Tensor  # (S,) of the keys, whose last are this call's, but in `Slots`
-    seen: Tensor | None  # (T, S) bool; None where every key up to the query's own is seen, and T is 1 or S
-    band: Tensor | None  # (T, S) bool: the keys of a window alone, where it has sinks besides
-    near: Tensor | None  # (T,) indices at which queries meet these sinks
+    k_pos: Tensor  # (S,) indices of the keys, whose last are this call's, but in `Slots`
+    seen: Tensor | None  # (T, S) bool; None: every key up to the query's own, where T is 1 or S
+    band: Tensor | None  # (T, S) bool: the keys of the window alone, where there are sinks besides
+    near: Tensor | None  # (T,) the queries' indices as if the sinks lay just before the window
     length: int  # tokens in the whole context, those to come included
-    reach: int  # of them at most as many are seen at once
+    reach: int  # the most tokens that one query can see
     watch: Callable | None  # see GPT.forward
 
     @classmethod
     def of(cls, past, tokens, pos=None, watch=None):
-        """The call that reads tokens (B, T) behind `past`, which takes in their positions."""
+        """The call that reads tokens (B, T) after `past`, which takes in their positions."""
         T, end, consecutive = tokens.shape[1], past.end(tokens.shape[1], pos), pos is None
         if consecutive:
             pos = torch.arange(end - T, end, device=tokens.device)
         k_pos = past.advance(pos, end)
         length, window, sinks = max(end, past.total), past.window or None, past.sinks
         reach = min(length, window + sinks) if window else length
-        # One query over a whole cache needs no mask at all, and tokens without a past the kernel's own.
+        # One query over a whole cache needs no mask at all. Tokens without a past need none either where their indices
+        # follow one another: attention has a triangle of its own.
         unmasked = not window and not past.fixed and (T == 1 or (consecutive and len(k_pos) == T))
-        seen, split = None if unmasked else visible(pos, k_pos, window, sinks), window and sinks
-        band, near = (visible(pos, k_pos, window), pos.clamp(max=reach - 1)) if split else (None, None)
+        seen = None if unmasked else visible(pos, k_pos, window, sinks)
+        band = near = None
+        if window and sinks:
+            band, near = visible(pos, k_pos, window), pos.clamp(max=reach - 1)
         return cls(past, pos, k_pos, seen, band, near, length, reach, watch)
 
     def temper(self, q, trained):
@@ -197,25 +206,30 @@ class Call:
         (Xiao et al. 2023, StreamingLLM). At their true distance they would be farther than training showed.
         """
         i, j = (encoding.positions(pos, self.length) for pos in (self.pos, self.k_pos))
-        state = encoding.state(x, self.past.last(layer) if encoding.keeps else {})
-        own = {name: kept[:, :, -len(i) :] for name, kept in state.items()}
-        new = Pairs(q, k, v, i, i if k.shape[2] == len(i) else j, self.seen, state, own, self.reach)
-        enters = turn(encoding, new) if encoding.rotate_once else new
-        state = self.past.append(layer, k=enters.k, v=v, **state)
-        held = Pairs(enters.q, state.pop("k"), state.pop("v"), i, j, self.seen, state, own, self.reach)
-        pairs = held if encoding.rotate_once else turn(encoding, held)
+        new_j = i if k.shape[2] == len(i) else j  # over a memory, k has the keys of all tokens already
+        new = Pairs(q, k, v, i, new_j, state=encoding.state(x, self.past.last(layer) if encoding.has_state else {}))
+        new.own = {name: kept[:, :, -len(i) :] for name, kept in new.state.items()}
+        new.length = self.reach
+        entering = rotated(encoding, new) if encoding.rotate_once else new
+        held = self.past.append(layer, k=entering.k, v=v, **new.state)
+        held = replace(new, q=entering.q, k=held.pop("k"), v=held.pop("v"), j=j, seen=self.seen, state=held)
+        pairs = held if encoding.rotate_once else rotated(encoding, held)
         if self.watch is not None:
             self.watch(layer, encoding, new, pairs)
         if self.near is None or not encoding.relative or encoding.positionless:
             return [pairs]
-        # Keys that were rotated once stay as they are: the queries alone are turned to where they meet the sinks.
-        near = turn(encoding, replace(new if encoding.rotate_once else held, i=self.near))
-        k = pairs.k if encoding.rotate_once else near.k
-        sinks = replace(pairs, q=near.q, k=k, i=self.near, seen=self.seen & ~self.band)
-        return [replace(pairs, seen=self.band), sinks]
+        return [replace(pairs, seen=self.band), self.sinks(encoding, new, held, pairs)]
+
+    def sinks(self, encoding, new, held, pairs):
+        """The Pairs of the queries and the sinks alone, with the queries at `near`. Keys that were rotated once stay as
+        they are in `pairs`; otherwise those `held`, which were not, are rotated anew."""
+        near = replace(new if encoding.rotate_once else held, i=encoding.positions(self.near, self.length))
+        q, k = encoding.rotate(near)
+        k = pairs.k if encoding.rotate_once else k
+        return replace(pairs, q=q, k=k, i=near.i, seen=self.seen & ~self.band)
 
 
-def turn(encoding, pairs):
+def rotated(encoding, pairs):
     """The Pairs with queries and keys as the encoding rotates them."""
     q, k = encoding.rotate(pairs)
     return replace(pairs, q=q, k=k)

@@ -1,4 +1,4 @@
-"""What a positional encoding is: the places where position can enter, and the language of the `posenc` flag.
+"""The places where position can enter a model, the class that fills them, and the language of the `posenc` flag.
 
 Attention by itself is a function of a set. Position can enter a transformer at a few places, and an encoding is a class
 that overrides the hooks it needs:
@@ -9,15 +9,17 @@ that overrides the hooks it needs:
     distance_bias(n)         (...) -> (H, ...)        added to the logits, from the distance n = i - j alone
     bias(i, j)               (T,), (S,) -> (H, T, S)  added to the logits where i and j themselves matter
     logits(pairs)            -> (B, H, T, S)          all of the logits, where the content matters too
-    values(weights, pairs)   -> (B, H, T, D)          what attention reads with its weights
+    values(weights, pairs)   -> (B, H, T, D)          the output of attention, from its weights
 
 Two rules prevent most bugs. Positions are explicit int64 tensors: nothing here derives a position from a shape, so a
 cache, a shifted window or a random position needs no special case. Angles, distances and biases are computed in float32
 (float64 when the model is) and cast last: bfloat16 cannot tell positions above 256 apart.
 
-i is a query's position, j a key's, n = i - j >= 0, D the width of a head, C of the model, H the number of heads, T the
-training length. To add an encoding, write one class into posenc.py or any file of zoo/. Its name is then a value of the
-`posenc` flag, and the tests, the benchmark and the gallery find it by themselves.
+B counts sequences, T queries (or tokens), S keys; i is a query's position, j a key's, n = i - j >= 0; D is the width of
+a head, C of the model, H the number of heads. In the formulas of the classes T is the training length.
+
+To add an encoding, write one class into posenc.py or any file of zoo/. Its name is then a value of the `posenc` flag,
+and the tests, the benchmark and the gallery find it by themselves.
 """
 
 import ast
@@ -41,13 +43,13 @@ class Pairs:
     v: Tensor  # (B, H_kv, S, D)
     i: Tensor  # (T,) positions of the queries, as `Encoding.positions` gave them
     j: Tensor  # (S,) positions of the keys
-    seen: Tensor | None = None  # (T, S) bool; None: every key up to the query's own
+    seen: Tensor | None = None  # (T, S) bool; None: every key up to the query's own, the queries being the last tokens
     state: dict = field(default_factory=dict)  # name -> (B, H, S, any): what the encoding keeps for every key
     own: dict = field(default_factory=dict)  # name -> (B, H, T, any): what it keeps for the queries' own tokens
     length: int = 0  # tokens in sight, those to come included, for what is scaled to the context
 
     def rows(self, begin, end):
-        """The Pairs of queries begin ... end - 1. Keys behind the last of them are left out, as nobody sees them."""
+        """The Pairs of queries begin ... end - 1, without the keys after the last of them, which none of them sees."""
         keys = slice(len(self.j) - len(self.i) + end)
         return Pairs(
             self.q[:, :, begin:end], self.k[:, :, keys], self.v[:, :, keys], self.i[begin:end], self.j[keys],
@@ -69,10 +71,11 @@ class Encoding(nn.Module):
     name = None  # the flag's value
     arguments = {}
     shared = False  # one instance serves all layers
-    relative = False  # logits do not change when all positions shift by the same amount
-    positionless = False  # no hook reads a position: order enters through the causal mask or the content alone
+    # Logits do not change when all positions shift by the same amount: it may have segments, and sinks near a window.
+    relative = False
+    positionless = False  # no hook reads a position, as order enters through the causal mask or the content alone
     rotate_once = True  # a rotated key stays true as the context grows, so the cache holds it rotated
-    chunk = math.inf  # queries whose logits a CPU does well to compute at once: few, where each costs much
+    chunk = math.inf  # the most queries that a CPU computes at once; lower it where logits cost much memory
     max_length = math.inf  # positions that exist are 0 ... max_length - 1
     way_out = ""  # what to do past max_length
     unbounded = None  # the flag's value that gives it positions without end, where its default has none
@@ -84,9 +87,9 @@ class Encoding(nn.Module):
             return getattr(cls, hook) is not getattr(Encoding, hook)
 
         cls.embeds = overrides("embed")
-        cls.keeps = overrides("state")
+        cls.has_state = overrides("state")
         cls.biases = overrides("bias") or overrides("distance_bias")
-        # A table of distances holds the bias where those are distances between tokens.
+        # A table by distance can hold the bias only where positions are the tokens' indices.
         cls.by_distance = overrides("distance_bias") and not overrides("positions")
         cls.writes_out = overrides("logits") or overrides("values")  # no fused kernel computes it
         if cls.name:
@@ -97,7 +100,7 @@ class Encoding(nn.Module):
         self.sizes = dict(
             n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, train_length=train_length, layer=layer
         )
-        self.kept = {}  # what `once` computed
+        self.memo = {}  # the results of `once`
         for key, value in (self.sizes | self.checked(arguments)).items():
             setattr(self, key, value)
         self.setup()
@@ -140,7 +143,8 @@ class Encoding(nn.Module):
         return pos
 
     def embed(self, pos):
-        """pos (T,) -> (T, C) added to the token embeddings, or None."""
+        """pos (T,) -> (T, C) added to the token embeddings, or None. With the setting embed_norm, the default, both are
+        normalised first, each by itself, so that the scale of what it returns does not matter."""
         return None
 
     def ffn(self, pos, width):
@@ -161,21 +165,22 @@ class Encoding(nn.Module):
         return self.distance_bias(distances(i, j))
 
     def state(self, x, last):
-        """The layer's input x (B, T, C) -> {name: (B, H, T, any)} to keep for every token, as its key is kept.
-        last: what was kept for the token before, or {}."""
+        """The input of attention x (B, T, C), which is normalised -> {name: (B, H, T, any width)}, to be kept for every
+        token beside its key. last: that of the token before; {} at the beginning, and over a Memory, which is in x."""
         return {}
 
     def logits(self, pairs):
         """Pairs, as `rotate` left them, with `seen` made and a key for every head -> (B, H, T, S). Whoever overrides it
-        gives up the fused kernel. Unused keys of a fixed cache lie behind the queries and are not seen."""
+        gives up the fused kernel. Keys that are not seen are hidden afterwards; those of a class that has a bias are
+        minus infinity in what this method returns, which must then be added to and not multiplied."""
         logits = (pairs.q * self.head_dim**-0.5) @ pairs.k.transpose(-2, -1)
         if not self.biases:
             return logits
         return logits + self.bias(pairs.i, pairs.j).masked_fill(~pairs.seen, -math.inf)
 
     def values(self, weights, pairs):
-        """What attention reads: its weights (B, H, T, S) times the values, with a value for every head -> (B, H, T, D).
-        Whoever overrides it gives up the fused kernel."""
+        """weights (B, H, T, S), Pairs -> (B, H, T, D), the output of attention. Whoever overrides it gives up the fused
+        kernel."""
         return weights @ pairs.v
 
     def require(self, condition, message):
@@ -183,28 +188,28 @@ class Encoding(nn.Module):
             raise ValueError(f"{self.name}: {message}")
 
     def once(self, key, compute):
-        """compute(), or what it gave for the same key before. A tensor in the key is itself alone, not its equals: all
-        layers of a call share their tensors of positions."""
+        """compute(), or its result for the same key before. Tensors in a key are compared by identity: layers of a call
+        share their tensors of positions."""
         if torch.compiler.is_compiling():
             return compute()
-        mark = (torch.is_inference_mode_enabled(), *(id(part) if torch.is_tensor(part) else part for part in key))
-        if mark not in self.kept:
-            self.kept = dict(list(self.kept.items())[-3:])  # the latest few
-            self.kept[mark] = key, compute()  # holding the key keeps its tensors alive, and their ids theirs
-        return self.kept[mark][1]
+        cache_key = (torch.is_inference_mode_enabled(), *(id(part) if torch.is_tensor(part) else part for part in key))
+        if cache_key not in self.memo:
+            self.memo = dict(list(self.memo.items())[-3:])  # the latest few
+            self.memo[cache_key] = key, compute()  # the key is stored too, so that no id is reused
+        return self.memo[cache_key][1]
 
     def once_per_weights(self, key, compute):
-        """compute(), kept as `once` keeps it until a parameter changes; computed anew wherever gradients flow."""
+        """compute(), stored as by `once` until a parameter changes; computed anew wherever gradients flow."""
         if torch.is_grad_enabled():
             return compute()
         return self.once((*key, *((p.data_ptr(), p._version) for p in self.parameters())), compute)
 
     def train(self, mode=True):
-        self.kept = {}  # fused optimisers change parameters without telling their version
+        self.memo = {}  # fused optimisers change parameters without telling their version
         return super().train(mode)
 
     def __getstate__(self):
-        return self.__dict__ | {"kept": {}}  # a copy has other tensors, and the ids of some may be the same
+        return self.__dict__ | {"memo": {}}  # a copy has other tensors, and the ids of some may be the same
 
     def _apply(self, fn, recurse=True):
         # A model cast to half precision keeps its encodings in float32: bfloat16 merges distances above 256.
@@ -274,7 +279,7 @@ def build(spec, n_layer, **sizes):
     if not parsed:
         raise ValueError("posenc is an empty list; name at least one encoding")
     latest, layers = {}, []
-    for layer in range(max(n_layer, len(parsed))):
+    for layer in range(max(n_layer, len(parsed))):  # members beyond the last layer are built too, to check them
         cls, arguments = parsed[layer % len(parsed)]
         key = (cls, repr(arguments))
         if key not in latest or not latest[key].shared:
@@ -289,7 +294,7 @@ def merge(spec, override):
     """`override` laid over `spec`: arguments given again for an encoding, or one that derives from it, replace its own,
     the others stay. In a list over the layers that is done for the members of that encoding, where there are any."""
     if not isinstance(override, str):
-        return [merge(member, member) for member in override]  # says what is wrong with them
+        return [merge(member, member) for member in override]  # which parses and checks each of them
     if not isinstance(spec, str):
         ours = [derives(override, member) for member in spec]
         return [merge(m, override) if own else m for m, own in zip(spec, ours, strict=True)] if any(ours) else override

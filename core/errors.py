@@ -10,7 +10,7 @@ PATIENCE = 10  # seconds in which torchrun has certainly ended the processes tha
 
 
 class UserError(Exception):
-    """What is wrong, and what to type instead, in one line."""
+    """A line that says what is wrong, and what to type instead."""
 
 
 def require(condition, message):
@@ -42,7 +42,7 @@ def nearest(word, known, cutoff=0.6):
 
 
 def program():
-    """How the running program is called: train.py, or lab.bench for `python -m lab.bench`."""
+    """The name of the running program: train.py, or lab.bench for `python -m lab.bench`."""
     spec = sys.modules["__main__"].__spec__  # `python -m` alone sets it
     return spec.name.removesuffix(".__main__") if spec else os.path.basename(sys.argv[0])
 

@@ -1,4 +1,4 @@
-"""How well a model predicts: its validation loss, its loss as the context grows, and tasks answered without a mistake.
+"""Measures of prediction: validation loss, loss as the context grows, the share of tasks answered without a mistake.
 
 **The same targets**: `length_loss` scores the last T/4 tokens of windows inside one long validation document each, with
 the L tokens that end there as input. The question is the same at every length, and only the context grows: a loss that

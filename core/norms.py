@@ -33,10 +33,10 @@ class Unit(torch.autograd.Function):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        if x.is_cuda:  # which has a kernel for it
+        if x.is_cuda:  # torch has a kernel for it there
             return super().forward(x)
         if torch.is_grad_enabled():
             y = Unit.apply(x, self.eps)
             return y if self.weight is None else y * self.weight
         y, _ = unit(x, self.eps)
-        return y if self.weight is None else y.mul_(self.weight)  # in place: y is nobody else's
+        return y if self.weight is None else y.mul_(self.weight)  # in place, as nothing else refers to y

@@ -50,17 +50,17 @@ def orthogonalise(x, steps=5):
     return x.mT if tall else x
 
 
-def make(model, config, device):
+def make(model, config, place):
     """AdamW, or Muon for the blocks' matrices and AdamW for all else. Nothing but those matrices decays."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     known = {id(p) for p in matrices}
     rest = {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0}
     rate, decay = config.learning_rate, config.weight_decay
-    adamw = {"lr": rate, "betas": (config.beta1, config.beta2), "fused": device.device.type != "mps"}
+    adamw = {"lr": rate, "betas": (config.beta1, config.beta2), "fused": place.device.type != "mps"}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, rest], **adamw)]
     # bfloat16 is enough where the hardware multiplies it, and a hundred times slower where it does not.
-    dtype = torch.bfloat16 if device.dtype == torch.bfloat16 else torch.float32
+    dtype = torch.bfloat16 if place.dtype == torch.bfloat16 else torch.float32
     return [torch.optim.AdamW([rest], **adamw), Muon(matrices, rate, decay, config.momentum, dtype)]
 
 

@@ -185,7 +185,7 @@ def compiled(model, wanted, place, decoding=False):
 
 
 def no_compiler(device):
-    """What torch.compile lacks on this machine, in words, or None."""
+    """The part of torch.compile that this machine lacks, in words, or None."""
     compilers = ("CXX", "g++", "clang++", "cl") if device.type == "cpu" else ("CC", "cc", "gcc", "clang")
     if not any(shutil.which(os.environ.get(name, name)) for name in compilers):
         return "no C++ compiler"

@@ -97,7 +97,7 @@ def progress(total, title, place):
 
 
 def provenance(place):
-    """What made a number: commit, versions, hardware, date. The commit is dirty where code differs from it."""
+    """The origin of a number: commit, versions, hardware, date. The commit is dirty where code differs from it."""
 
     def git(*words):
         root = Path(__file__).parent.parent

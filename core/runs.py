@@ -159,7 +159,7 @@ def locate_tokenizer(name, path):
 
 
 def instead_of(path):
-    """What to do where the checkpoint at `path` cannot be read, in words."""
+    """The way out where the checkpoint at `path` cannot be read, in words."""
     if path.with_name(SOURCE).exists():
         return f"remove {path.parent}, and it is made again from the published model"
     previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
@@ -314,7 +314,7 @@ def open_runs(run, overrides, device="cpu"):
 
 
 def names(paths):
-    """What to call runs in tables: the last parts of their paths, or the paths where two would be the same."""
+    """The names of runs in tables: the last parts of their paths, or the paths where two would be the same."""
     short = [Path(path).name for path in paths]
     return short if len(set(short)) == len(short) else list(paths)
 

@@ -94,7 +94,7 @@ class Config(GPTConfig):
 
 @dataclass
 class Reading:
-    """How a finished run is read: what is laid over it at test time, and where it computes."""
+    """Options for reading a finished run: an encoding or a window laid over it at test time, and the device."""
 
     posenc: str | list = ""  # arguments for the run's encoding, or another encoding, at test time
     window: int = 0  # attend to the last WINDOW tokens alone, over a cache that stays that small; 0 means to all

@@ -1,4 +1,4 @@
-"""What has to happen before torch is imported. Every command imports this first."""
+"""Settings of the process that have to come before torch is imported. Every command imports this first."""
 
 import contextlib
 import ctypes

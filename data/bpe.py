@@ -138,7 +138,7 @@ def load(path: str | Path) -> dict[bytes, int]:
 
 @dataclass
 class Options:
-    """What `python -m data.bpe` can be told."""
+    """The options of `python -m data.bpe`."""
 
     usage: ClassVar[str] = "python -m data.bpe --out=FILE [FILE_OR_FOLDER ...] [--key=value ...]"
 

@@ -165,7 +165,7 @@ class Options:
 
 
 def tokenizer_keys(tokenizer):
-    """What config.json says about a tokenizer, and what tokenizer_config.json does."""
+    """The entries about a tokenizer in config.json, and those in tokenizer_config.json."""
     inner, end = tokenizer_json.inner(tokenizer), tokenizer.eot_token
     ids = {"bos_token": (vocabulary.begin(tokenizer) or [end])[0], "eos_token": end}
     texts = {key: inner.id_to_token(id) for key, id in ids.items()}

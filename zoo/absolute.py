@@ -1,4 +1,4 @@
-"""What says where a token stands, whatever it is compared with: codes added to the token embeddings, or further in.
+"""Codes of where a token stands, whatever it is compared with, added to the token embeddings or further in.
 
 The hook is `embed(pos)`: positions (T,) to vectors (T, C) that are added to the token embeddings before the first
 layer, embeddings and codes each normalised by itself. `ffn(pos, width)` adds inside every feed-forward layer instead.

@@ -1,4 +1,4 @@
-"""What is added to the logits because of how far a key lies back, whatever the tokens say.
+"""Biases on the logits, by how far a key lies back and whatever the tokens say.
 
 The hook is `distance_bias(n)`: distances n >= 0 of any shape to (H, *n.shape), added to q k / sqrt(D). A bias by
 distance alone is a table, which a kernel on a GPU reads without ever making (T, S). Where the positions i and j matter
@@ -101,7 +101,7 @@ class FIRE(Encoding):
 
 
 class Sandwich(Encoding):
-    """What the products of sinusoids leave of the distance, as a fixed bias (Chi et al. 2023, section 4).
+    """The products of sinusoids, as far as they depend on the distance, as a fixed bias (Chi et al. 2023, section 4).
 
         b = (sum_{m=1}^{d/2} cos(n / 10000^(2m/d)) - d/2) H / (8 h),  d = 128, h = 1 ... H
 

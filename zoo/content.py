@@ -1,8 +1,8 @@
-"""What is added to the logits, or replaces them, because of what the tokens say.
+"""Logits that depend on what the tokens say: biases by content, and rules in place of q k / sqrt(D).
 
 The hook is `logits(pairs)`: all of the logits (B, H, T, S), from queries, keys, their positions, and what
 `state(x, last)` keeps for every token beside its key. It gives up the fused kernel, which computes q k / sqrt(D) and
-no more. `values(weights, pairs)` is what attention reads with its weights, to which shaw adds.
+no more. `values(weights, pairs)` is the output of attention, to which shaw adds.
 """
 
 import math

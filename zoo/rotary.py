@@ -1,4 +1,4 @@
-"""What descends from rope: rotations of queries and keys, and what may be laid over a trained rope at test time.
+"""Descendants of rope: other rotations of queries and keys, and rules to lay over a trained rope at test time.
 
 The hook is `rotate(pairs)`, which returns queries and keys transformed by their positions, before the products that
 make the logits. A rotation that stays true as the context grows is done once, as a key enters the cache

@@ -34,7 +34,7 @@ def build(module, **shape):
 
 
 def watched(model, call):
-    """What call() returns, and the times at which it called the model."""
+    """The result of call(), and the times at which it called the model."""
     times = []
     handle = model.register_forward_pre_hook(lambda *_: times.append(time.perf_counter()))
     with torch.inference_mode():

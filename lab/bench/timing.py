@@ -29,7 +29,7 @@ LONG = 16  # the long context, in training lengths
 
 @dataclass
 class Rounds:
-    """How often every figure is taken, and where the table goes."""
+    """The number of times that every figure is taken, and where the table goes."""
 
     rounds: int = 7  # times that every figure is taken
     table: str = ""  # also write the table to this Markdown file, with what made it
