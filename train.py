@@ -51,10 +51,12 @@ def open_data(config, place):
     """The tokenizer and the data set of a run. One process of each machine prepares what is missing, then the others
     open it."""
     tokenizer = vocabulary.load(config.tokenizer)
-    for first in (True, False):
-        if first == (place.local_rank == 0):
-            dataset = data.open_dataset(config, tokenizer)
-        place.barrier()
+    if place.local_rank == 0:
+        dataset = data.open_dataset(config, tokenizer)
+    place.barrier()
+    if place.local_rank != 0:
+        dataset = data.open_dataset(config, tokenizer)
+    place.barrier()
     config.vocab_size = config.vocab_size or tokenizer.n_vocab
     if config.vocab_size < tokenizer.n_vocab:
         needed = f"tokenizer {config.tokenizer} has {tokenizer.n_vocab}"
@@ -87,7 +89,7 @@ def start(config, place, tokenizer, dataset):
         runs.check_tokenizer(tokenizer, base)
         runs.load_weights(model, base, fresh=True)
 
-    # A barrier too: every rank has read the checkpoint before rank 0 writes a new one.
+    # This is a barrier too: every rank has read the checkpoint before rank 0 writes a new one.
     if place.sum(step) != (step * place.world,):
         raise UserError(f"not all processes find the same checkpoint in {out}: it must lie on a disk that they share")
     lock = not place.main or runs.lock(out)
@@ -116,13 +118,13 @@ def one_step(training):
     config, place, model, forward = training.config, training.place, training.model, training.forward
     step, scaler = training.step, training.scaler
 
-    # The batch is a pure function of (seed, step), and every process takes its own slice of it. Where a schedule has
-    # short windows they are more, and windows of several segments are fewer: a step has the same number of tokens.
-    phase, (first, length) = max(phase for phase in enumerate(config.phases) if phase[1][0] <= step)
+    # The batch is a pure function of (seed, step), and every process takes its own slice of the rows. The short windows
+    # of a schedule come in larger numbers, windows of several segments in smaller: the tokens of a step stay as many.
+    phase, (begin, length) = [(i, phase) for i, phase in enumerate(config.phases) if phase[0] <= step][-1]
     share, micro_batch = sequences(config, place)
-    rows, mine, at_once = (n * config.train_length // length for n in (config.batch_size, share, micro_batch))
-    part = slice(place.rank * mine, (place.rank + 1) * mine)
-    inputs, targets = training.dataset.batch(length, rows, (config.seed, phase), step - first, part)
+    rows, rows_here, rows_at_once = (n * config.train_length // length for n in (config.batch_size, share, micro_batch))
+    part = slice(place.rank * rows_here, (place.rank + 1) * rows_here)
+    inputs, targets = training.dataset.batch(length, rows, (config.seed, phase), step - begin, part)
     # The loss is one sum over all targets of the step, divided once by their number, however they are spread over
     # micro-batches and processes. A task leaves some targets out, so there the processes add up what each of them has.
     masks = training.dataset.masks
@@ -136,14 +138,14 @@ def one_step(training):
     # Forward and backward, one micro-batch after the other: gradients add up. Processes exchange them in the last
     # backward pass alone, where DDP takes their mean; ours are parts of one sum, hence the factor.
     loss = torch.zeros((), device=place.device)
-    pairs = list(zip(batches(inputs, at_once), batches(targets, at_once), strict=True))
-    for index, (x, y) in enumerate(pairs, start=1):
+    micro_batches = list(zip(batches(inputs, rows_at_once), batches(targets, rows_at_once), strict=True))
+    for index, (x, y) in enumerate(micro_batches, start=1):
         x, y = place.send(x), place.send(y)  # (micro-batch, length)
-        with forward.no_sync() if place.world > 1 and index < len(pairs) else nullcontext():
+        with forward.no_sync() if place.world > 1 and index < len(micro_batches) else nullcontext():
             with place.autocast():
-                nats = forward(x, y, segments=config.segments).sum() / targets_in_step
-            scaler.scale(nats * place.world).backward()
-        loss += nats.detach()
+                share_of_loss = forward(x, y, segments=config.segments).sum() / targets_in_step
+            scaler.scale(share_of_loss * place.world).backward()
+        loss += share_of_loss.detach()
 
     # The update: set the learning rate, clip the gradient, step. With float16 a gradient that overflowed is left out by
     # all optimizers, and the scale of the loss is lowered.
@@ -182,21 +184,21 @@ def train(config, place):
         # Some steps are followed by a look at the loss, an evaluation, a checkpoint. All processes agree on which.
         signal = stop.asked()
         last = step == config.max_steps
-        logs, evaluates = step % config.log_interval == 0, step % config.eval_interval == 0 or last
-        saves = step % config.checkpoint_interval == 0 or last or signal
-        if logs or evaluates or saves:
+        log_due = step % config.log_interval == 0
+        evaluation_due = step % config.eval_interval == 0 or last
+        checkpoint_due = step % config.checkpoint_interval == 0 or last or signal
+        if log_due or evaluation_due or checkpoint_due:
             (loss,) = place.sum(loss.item())
             check_finite(training, loss, norm, log)
-        if logs:
+        if log_due:
             tell(training, log, loss, norm, step - since_step, time.perf_counter() - since)
             since, since_step = time.perf_counter(), step
-        if evaluates:
+        if evaluation_due:
             began = time.perf_counter()
             validate(training, log, windows, token_bytes, micro_batch)
             since += time.perf_counter() - began  # the speed is that of training alone
-        if saves:
-            states = [optimizer.state_dict() for optimizer in training.optimizers]
-            save(training, runs.CKPT, optimizer=states, scaler=training.scaler.state_dict(), best=training.best)
+        if checkpoint_due:
+            save(training, runs.CKPT)
     log.bar.close()
     if signal:
         log.say(f"stopped after step {training.step}, saved in {config.out_dir}; the same command goes on from there")
@@ -209,7 +211,7 @@ def train(config, place):
 
 
 def prepare(training, log):
-    """Whatever comes once before the first step: the run's config.json, the tokenizer of a published model beside it,
+    """Preparations before the first step: the run's config.json, the tokenizer of a published model beside it,
     deterministic kernels, compiling, DDP."""
     config, place, dataset = training.config, training.place, training.dataset
     if place.main:
@@ -266,13 +268,16 @@ def validate(training, log, windows, token_bytes, rows):
         save(training, runs.BEST)
 
 
-def save(training, name, **more):
-    """Write a checkpoint of that name into the run's folder."""
+def save(training, name):
+    """Write a checkpoint of that name into the run's folder: best.pt to read, ckpt.pt to go on from too."""
     if training.place.main:
         known = {key: training.dataset.meta[key] for key in ("tokenizer_fingerprint", "data_checksum")}
         config = runs.plain(training.config)
-        state = {"model": training.model.state_dict(), "step": training.step, "config": config}
-        runs.save(training.config.out_dir, name, state | known | more)
+        state = {"model": training.model.state_dict(), "step": training.step, "config": config} | known
+        if name == runs.CKPT:
+            state["optimizer"] = [optimizer.state_dict() for optimizer in training.optimizers]
+            state |= {"scaler": training.scaler.state_dict(), "best": training.best}
+        runs.save(training.config.out_dir, name, state)
 
 
 def close(training, log):
@@ -318,7 +323,7 @@ def main(argv):
             raise
         now = config.micro_batch_size or config.batch_size // place.world
         raise UserError(f"out of memory: lower --micro_batch_size (now {now}); gradients accumulate") from None
-    if dist.is_initialized():  # not after an error: others would take our leaving for what went wrong
+    if dist.is_initialized():  # after an error the others would report the lost connection instead of it
         dist.destroy_process_group()
     return status
 
