@@ -208,11 +208,11 @@ class Call:
         i, j = (encoding.positions(pos, self.length) for pos in (self.pos, self.k_pos))
         new_j = i if k.shape[2] == len(i) else j  # over a memory, k has the keys of all tokens already
         new = Pairs(q, k, v, i, new_j, state=encoding.state(x, self.past.last(layer) if encoding.has_state else {}))
-        new.own = {name: kept[:, :, -len(i) :] for name, kept in new.state.items()}
+        new.own = {name: x[:, :, -len(i) :] for name, x in new.state.items()}
         new.length = self.reach
         entering = rotated(encoding, new) if encoding.rotate_once else new
-        held = self.past.append(layer, k=entering.k, v=v, **new.state)
-        held = replace(new, q=entering.q, k=held.pop("k"), v=held.pop("v"), j=j, seen=self.seen, state=held)
+        kept = self.past.append(layer, k=entering.k, v=v, **new.state)
+        held = replace(new, q=entering.q, k=kept.pop("k"), v=kept.pop("v"), j=j, seen=self.seen, state=kept)
         pairs = held if encoding.rotate_once else rotated(encoding, held)
         if self.watch is not None:
             self.watch(layer, encoding, new, pairs)
