@@ -91,13 +91,16 @@ def biased(encoding, parts, dropout=0.0):
 
 def chunked(form, encoding, parts, dropout=0.0):
     """Attention in that form, a few queries at a time over the keys that they can see: memory grows with S, not T S."""
-    T = len(parts[0].i)
+    T, S = len(parts[0].i), len(parts[0].j)
     chunk = min(CHUNK, encoding.chunk) if parts[0].q.device.type == "cpu" else CHUNK
     if chunk >= T:
         return form(encoding, parts, dropout)
     outputs = []
     for begin in range(0, T, chunk):
-        rows = [part.rows(begin, min(T, begin + chunk)) for part in parts]
+        end = min(T, begin + chunk)
+        # Nobody sees the keys after the last of these queries. A second part holds sinks, which come before all of them.
+        rows = [parts[0].rows(begin, end, S - T + end)]
+        rows += [part.rows(begin, end, len(part.j)) for part in parts[1:]]
         compute = functools.partial(form, encoding, rows, dropout)
         recompute = torch.is_grad_enabled() and T > CHUNK  # in the backward pass, instead of keeping the logits
         outputs.append(checkpoint(compute, use_reentrant=False) if recompute else compute())

@@ -218,15 +218,16 @@ class Call:
             self.watch(layer, encoding, new, pairs)
         if self.near is None or not encoding.relative or encoding.positionless:
             return [pairs]
-        return [replace(pairs, seen=self.band), self.sinks(encoding, new, held, pairs)]
+        return [replace(pairs, seen=self.band), self.sinks(encoding, new, held)]
 
-    def sinks(self, encoding, new, held, pairs):
-        """The Pairs of the queries and the sinks alone, with the queries at `near`. Keys that were rotated once stay as
-        they are in `pairs`; otherwise those `held`, which were not, are rotated anew."""
-        near = replace(new if encoding.rotate_once else held, i=encoding.positions(self.near, self.length))
+    def sinks(self, encoding, new, held):
+        """The Pairs of the queries and the sinks alone, with the queries at `near`. Keys `held` were rotated
+        once and stay as they are, or they are rotated here."""
+        first = held.rows(0, len(self.pos), self.past.sinks)
+        near = replace(new if encoding.rotate_once else first, i=encoding.positions(self.near, self.length))
         q, k = encoding.rotate(near)
-        k = pairs.k if encoding.rotate_once else k
-        return replace(pairs, q=q, k=k, i=near.i, seen=self.seen & ~self.band)
+        k = first.k if encoding.rotate_once else k
+        return replace(first, q=q, k=k, i=near.i, seen=(self.seen & ~self.band)[:, : self.past.sinks])
 
 
 def rotated(encoding, pairs):

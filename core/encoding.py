@@ -48,9 +48,9 @@ class Pairs:
     own: dict = field(default_factory=dict)  # name -> (B, H, T, any): what it keeps for the queries' own tokens
     length: int = 0  # tokens in sight, those to come included, for what is scaled to the context
 
-    def rows(self, begin, end):
-        """The Pairs of queries begin ... end - 1, without the keys after the last of them, which none of them sees."""
-        keys = slice(len(self.j) - len(self.i) + end)
+    def rows(self, begin, end, count):
+        """The Pairs of queries begin ... end - 1 and the first `count` keys."""
+        keys = slice(count)
         return Pairs(
             self.q[:, :, begin:end], self.k[:, :, keys], self.v[:, :, keys], self.i[begin:end], self.j[keys],
             None if self.seen is None else self.seen[begin:end, keys],
@@ -86,6 +86,7 @@ class Encoding(nn.Module):
         def overrides(hook):
             return getattr(cls, hook) is not getattr(Encoding, hook)
 
+        cls.positionless = cls.__dict__.get("positionless", False)  # subclasses may read positions: it is not inherited
         cls.embeds = overrides("embed")
         cls.has_state = overrides("state")
         cls.biases = overrides("bias") or overrides("distance_bias")

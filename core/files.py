@@ -1,7 +1,9 @@
 """Files that are whole or not there, and locks between processes. A leaf: it imports nothing of ours."""
 
 import contextlib
+import errno
 import os
+import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,16 +14,20 @@ def atomic(path, mode="w"):
     """An open file (UTF-8, unless `mode` is "wb") whose content stands at `path` once the block has ended.
 
     It is written to the side, flushed to the disk and renamed into place: a kill leaves the old file or the new one. An
-    exception in the block leaves the old one, and nothing beside it.
+    exception in the block leaves the old one, and nothing beside it. The file's mode stays, and a link stays a link.
     """
+    path = os.path.realpath(path)
     part = Path(f"{path}.part")
     try:
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             flush(file)
+        if os.path.exists(path):
+            shutil.copymode(path, part)
         os.replace(part, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise
 
 
@@ -41,6 +47,8 @@ def lock(path, wait=False):
         held.acquire(blocking=wait)
     except Timeout:
         return None
-    except OSError:  # On a file system without locks, nothing keeps the others out.
-        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        # On a file system without locks, nothing keeps the others out.
     return held

@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import functools
 import inspect
-import itertools
 import re
 import typing
 from pathlib import Path
@@ -132,45 +131,50 @@ def flags(argv, cls):
     --key=value, --key value, and --key alone for a switch. The fields that cls.repeats names may be given several times
     and become lists. --help prints every field of cls and exits.
     """
-    argv = list(argv)
-    if "--help" in argv or "-h" in argv:
+    words = spelled_out(argv, cls)
+    if "--help" in words or "-h" in words:
         print(help_text(cls))
         raise SystemExit(0)
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(cls):
         action = "append" if field.name in getattr(cls, "repeats", ()) else "store"
         kind = functools.partial(convert_flag, key=field.name, cls=cls)
         parser.add_argument(f"--{field.name}", action=action, type=kind)
-    try:
-        settings, words = parser.parse_known_args(spelled_out(argv, cls))
-    except argparse.ArgumentError as error:
-        flag = error.argument_name
-        raise UserError(f"{flag} needs a value: {flag}={default(flag[2:], cls)!r}, say") from None
-    for word in words:
+    settings, positional = parser.parse_known_args(words)
+    for word in positional:
         if word.startswith("--"):
             field_type(word[2:].partition("=")[0], cls, word)
         elif word.startswith("-"):
             raise UserError(f"{word} has one dash; write -{word}")
-    return words, vars(settings)
+    return positional, vars(settings)
 
 
 def spelled_out(argv, cls):
-    """The words as argparse takes them: keys with underscores, and a switch alone as --key=True, or the word behind it
-    would be its value."""
-    hints, words = typing.get_type_hints(cls), []
-    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+    """The words with every flag as --key=value, its key with underscores: argparse would guess from dashes and spaces
+    which words are values. UserError for a flag that has none."""
+    hints, words, ahead = typing.get_type_hints(cls), [], list(argv)
+    keys = {field.name for field in dataclasses.fields(cls)}
+    while ahead:
+        word = ahead.pop(0)
         flag, equals, text = word.partition("=")
-        if text == "--":
-            raise UserError(f"{word}: two dashes are no value by themselves")  # argparse of Python 3.11 drops them
-        if word.startswith("--"):
-            flag = "--" + flag[2:].replace("-", "_")
-            choices = typing.get_args(hints.get(flag[2:])) or (hints.get(flag[2:]),)
+        key = flag[2:].replace("-", "_")
+        if word.startswith("--") and key in keys:
+            choices = typing.get_args(hints[key]) or (hints[key],)
             is_switch = bool in choices or True in choices
-            if is_switch and not equals and following.lower() not in ("true", "false", *map(str, choices)):
-                equals, text = "=", "True"
-        words.append(flag + equals + text)
+            if (
+                is_switch
+                and not equals
+                and (not ahead or ahead[0].lower() not in ("true", "false", *map(str, choices)))
+            ):
+                text = "True"
+            elif not equals and (not ahead or ahead[0].startswith("--")):
+                raise UserError(f"{word} needs a value: {word}={default(key, cls)!r}, say")
+            elif not equals:
+                text = ahead.pop(0)
+            if text == "--":
+                raise UserError(f"{word}: two dashes are no value by themselves")  # argparse of Python 3.11 drops them
+            word = f"--{key}={text}"
+        words.append(word)
     return words
 
 

@@ -46,7 +46,10 @@ def save(folder, name, state):
     """Write a checkpoint. The latest one before it stays, as ckpt_prev.pt, and makes way only for a whole new one."""
     latest = Path(folder) / CKPT
     with files.atomic(Path(folder) / name, "wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's name for a disk that is full
+            raise OSError(f"{Path(folder) / name} cannot be written: {error}") from None
         files.flush(file)
         if name == CKPT and latest.exists():
             os.replace(latest, latest.with_name(PREVIOUS))
@@ -315,7 +318,7 @@ def open_runs(run, overrides, device="cpu"):
 
 def names(paths):
     """The names of runs in tables: the last parts of their paths, or the paths where two would be the same."""
-    short = [Path(path).name for path in paths]
+    short = [Path(path.removeprefix(PUBLISHED)).name for path in paths]
     return short if len(set(short)) == len(short) else list(paths)
 
 

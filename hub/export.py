@@ -9,7 +9,9 @@ another model's stands in the way.
 
 import core.start  # noqa: F401  # isort: skip
 
+import contextlib
 import dataclasses
+import os
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -173,11 +175,29 @@ def tokenizer_keys(tokenizer):
     return {f"{key}_id": id for key, id in ids.items()} | {"pad_token_id": None}, about
 
 
+@contextlib.contextmanager
+def whole(folder):
+    """A new folder beside `folder`, an empty one or none, which gets its name when the block has ended. A kill leaves a
+    hidden folder that nothing uses."""
+    folder = folder.resolve()
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had our number
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
 def write(folder, opened, kind, cfg):
     """Write an open run as a folder of the family `kind` with that config.json, which appears when it is whole."""
     written = GPTConfig(**settings_of(cfg))
     ids, about = tokenizer_keys(opened.tokenizer)
-    with load.whole(folder) as part:
+    with whole(folder) as part:
         runs.write_whole(part / vocabulary.FILE, tokenizer_json.inner(opened.tokenizer).to_str(pretty=True))
         runs.write_json(part / "tokenizer_config.json", about | {"model_max_length": written.train_length})
         runs.write_json(part / "config.json", cfg | ids | {"torch_dtype": "float32"})

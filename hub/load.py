@@ -6,12 +6,10 @@ That happens once, into out/hf/; from then on the run is read, until its source 
 they were published in. A tensor that is missing, left over or of another shape than config.json says is a UserError.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -110,29 +108,15 @@ def convert(source, folder):
         )
     checkpoint = {"model": weights(source, cfg, config), "step": 0, "config": runs.plain(config)}
     checkpoint["tokenizer_fingerprint"] = vocabulary.fingerprint(tokenizer)
-    with whole(folder) as part:
-        tokenizer_json.copy(tokenizer, part)
-        runs.write_json(part / "config.json", checkpoint["config"])
-        runs.save(part, runs.CKPT, checkpoint)
-        runs.write_json(part / runs.SOURCE, recorded)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def whole(folder):
-    """A new folder beside `folder`, which gets its name when the block has ended: a kill leaves a folder that nothing
-    uses, and the next try clears it away. What stands at `folder` then must be empty."""
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rmdir()
-    part.rename(folder)
+    # The record of the source is written last: until then a kill leaves a folder that the next try fills anew. Other
+    # files in it, such as measurements, stay.
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / runs.SOURCE).unlink(missing_ok=True)
+    (folder / runs.CKPT).unlink(missing_ok=True)
+    tokenizer_json.copy(tokenizer, folder)
+    runs.write_json(folder / CONFIG, checkpoint["config"])
+    runs.save(folder, runs.CKPT, checkpoint)
+    runs.write_json(folder / runs.SOURCE, recorded)
 
 
 # Finding a source.

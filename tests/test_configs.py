@@ -303,6 +303,14 @@ def test_a_flag_without_its_value_says_how_to_write_it():
         assert "--n_layer needs a value" in said and "--n_layer=4" in said
 
 
+def test_a_value_may_begin_with_one_dash_and_a_flag_is_no_value():
+    assert configs.flags(["--prompt", "-x", "RUN"], sample.Options) == (["RUN"], {"prompt": "-x"})
+    assert configs.flags(["--prompt", "-h"], sample.Options)[1] == {"prompt": "-h"}
+    assert configs.flags(["--prompt=--tokens=3"], sample.Options)[1] == {"prompt": "--tokens=3"}
+    assert "--posenc needs a value" in mistake(merged, ["--posenc", "--length_schedule={0.0: 4, 0.5: 8}"])
+    assert "unknown key" in mistake(merged, ["--lenght_schedule={0.0: 4, 0.5: 8}"])
+
+
 def test_a_flag_with_one_dash_is_told_to_take_two():
     assert "write --max_steps=5" in mistake(merged, ["-max_steps=5"])
     assert "write --max_steps" in mistake(merged, ["-max_steps", "5"])

@@ -264,6 +264,14 @@ def test_a_folder_with_something_in_it_is_left_alone(trained, tmp_path, call_scr
     assert (tmp_path / "there/config.json").exists()
 
 
+def test_what_lies_beside_the_folder_is_not_touched(trained, tmp_path, call_script):
+    (tmp_path / "there.part").mkdir()
+    (tmp_path / "there.part/notes.txt").write_text("mine")
+    assert call_script("hub/export.py", trained, "there").returncode == 0
+    assert (tmp_path / "there.part/notes.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "there.part"}
+
+
 def test_a_killed_export_leaves_no_folder(trained, tmp_path, call_script):
     (tmp_path / "kill.py").write_text(
         "import os, signal, sys\n"
@@ -274,10 +282,10 @@ def test_a_killed_export_leaves_no_folder(trained, tmp_path, call_script):
     folder = tmp_path / "a" / "there"
     killed = finish([sys.executable, tmp_path / "kill.py", trained, folder])
     assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in folder.parent.iterdir()] == ["there.part"]
-    assert not (tmp_path / "a/there.part/model.safetensors").exists()
+    (left,) = folder.parent.iterdir()
+    assert left.name.startswith(".there.") and not (left / "model.safetensors").exists()
     assert call_script("hub/export.py", trained, folder).returncode == 0
-    assert [path.name for path in folder.parent.iterdir()] == ["there"]
+    assert {path.name for path in folder.parent.iterdir()} == {left.name, "there"}
     check(runs.open_run(trained).model, folder)
 
 

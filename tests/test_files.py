@@ -105,3 +105,19 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
         assert str(path) in str(error.value)
     runs.torch.save(good, path)
     assert runs.config_of(runs.load(tmp_path)) == Config()  # settings that it is older than have their defaults
+
+
+def test_a_file_keeps_its_mode_and_a_link_stays_one(tmp_path):
+    (tmp_path / "page.md").write_text("old")
+    (tmp_path / "page.md").chmod(0o600)
+    (tmp_path / "link.md").symlink_to("page.md")
+    with files.atomic(tmp_path / "link.md") as file:
+        file.write("new")
+    assert (tmp_path / "link.md").is_symlink() and (tmp_path / "page.md").read_text() == "new"
+    assert (tmp_path / "page.md").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_lock_that_cannot_be_had_is_an_error_and_no_lock(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        files.lock(tmp_path / "folder")

@@ -860,6 +860,20 @@ def test_folders_of_one_name_do_not_collide(tmp_path, plain):
     ]
 
 
+def test_what_else_lies_in_its_folder_stays_when_the_source_changes(tmp_path, plain):
+    source = copy(plain["llama"], tmp_path / "source")
+    folder = runs.find(f"hf:{source}").parent
+    (folder / "reach").mkdir()
+    (folder / "reach/results.json").write_text("{}")
+    before = (folder / runs.SOURCE).read_text()
+    os.utime(source / "config.json", (1, 1))
+    assert runs.find(f"hf:{source}").parent == folder
+    assert (folder / runs.SOURCE).read_text() != before
+    assert {path.name for path in folder.iterdir()} == {
+        "reach", "ckpt.pt", "config.json", "tokenizer.json", "tokenizer_config.json", runs.SOURCE,
+    }  # fmt: skip
+
+
 def test_a_kill_while_it_is_made_leaves_nothing_that_is_used(tmp_path, plain):
     (tmp_path / "kill.py").write_text(
         "import os, signal, sys\n"
@@ -873,11 +887,11 @@ def test_a_kill_while_it_is_made_leaves_nothing_that_is_used(tmp_path, plain):
     name = f"hf:{plain['llama']}"
     killed = finish([sys.executable, tmp_path / "kill.py", name], cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    (left,) = load.OUT.glob("*.part")
+    (left,) = (path for path in load.OUT.iterdir() if path.is_dir())
     assert (left / "tokenizer.json").exists() and not (left / "ckpt.pt").exists()
-    assert not left.with_suffix("").exists()
-    assert runs.find(name) == left.with_suffix("") / "ckpt.pt"
-    assert not left.exists()
+    assert not (left / runs.SOURCE).exists()
+    assert runs.find(name) == left / "ckpt.pt"
+    assert (left / runs.SOURCE).exists()
 
 
 def test_processes_that_want_it_at_once_make_it_once(plain, monkeypatch, capsys):
