@@ -98,7 +98,7 @@ def chunked(form, encoding, parts, dropout=0.0):
     outputs = []
     for begin in range(0, T, chunk):
         end = min(T, begin + chunk)
-        # Nobody sees the keys after the last of these queries. A second part holds sinks, which come before all of them.
+        # Nobody sees the keys after the last of these queries. The sinks of a second part come before all of them.
         rows = [parts[0].rows(begin, end, S - T + end)]
         rows += [part.rows(begin, end, len(part.j)) for part in parts[1:]]
         compute = functools.partial(form, encoding, rows, dropout)
