@@ -10,7 +10,9 @@ def unit(x, eps):
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     scale = (norm.square() / x.shape[-1] + eps).rsqrt()
-    return (x * scale).to(x.dtype), scale
+    y = x * scale
+    # A cast that does nothing is left out: torch 2.11 loses the gradient of one when it compiles a Function.
+    return (y if y.dtype == x.dtype else y.to(x.dtype)), scale
 
 
 class Unit(torch.autograd.Function):
