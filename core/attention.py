@@ -46,7 +46,8 @@ def mask(pairs):
     if pairs.seen is not None:
         return pairs.seen
     T, S = len(pairs.i), len(pairs.j)
-    return torch.ones(T, S, dtype=torch.bool, device=pairs.q.device).tril(S - T)
+    every = torch.ones(T, S, dtype=torch.bool, device=pairs.q.device)
+    return every if T == 1 else every.tril(S - T)
 
 
 def masked_logits(encoding, pairs):

@@ -206,13 +206,14 @@ class Call:
         (Xiao et al. 2023, StreamingLLM). At their true distance they would be farther than training showed.
         """
         i, j = (encoding.positions(pos, self.length) for pos in (self.pos, self.k_pos))
-        new_j = i if k.shape[2] == len(i) else j  # over a memory, k has the keys of all tokens already
-        new = Pairs(q, k, v, i, new_j, state=encoding.state(x, self.past.last(layer) if encoding.has_state else {}))
-        new.own = {name: x[:, :, -len(i) :] for name, x in new.state.items()}
-        new.length = self.reach
-        entering = rotated(encoding, new) if encoding.rotate_once else new
-        kept = self.past.append(layer, k=entering.k, v=v, **new.state)
-        held = replace(new, q=entering.q, k=kept.pop("k"), v=kept.pop("v"), j=j, seen=self.seen, state=kept)
+        state = encoding.state(x, self.past.last(layer)) if encoding.has_state else {}
+        own = {name: x[:, :, -len(i) :] for name, x in state.items()}
+        # Over a memory, k has the keys of all tokens already; a cache adds those of the tokens before.
+        new = Pairs(q, k, v, i, i if k.shape[2] == len(i) else j, None, state, own, self.reach)
+        if encoding.rotate_once:
+            q, k = encoding.rotate(new)
+        kept = self.past.append(layer, k=k, v=v, **state)
+        held = Pairs(q, kept.pop("k"), kept.pop("v"), i, j, self.seen, kept, own, self.reach)
         pairs = held if encoding.rotate_once else rotated(encoding, held)
         if self.watch is not None:
             self.watch(layer, encoding, new, pairs)
