@@ -29,14 +29,16 @@ def written_out(encoding, parts, dropout=0.0):
     logits = [masked_logits(encoding, part) for part in parts]  # (B, H, T, S) each
     weights = (logits[0] if len(parts) == 1 else torch.cat(logits, dim=-1)).softmax(-1)
     weights = F.dropout(weights.to(parts[0].v.dtype), dropout)
-    shares = weights.split([len(part.j) for part in parts], dim=-1)
+    shares = [weights] if len(parts) == 1 else weights.split([len(part.j) for part in parts], dim=-1)
     return functools.reduce(torch.add, map(encoding.values, shares, parts))
 
 
 def ready(pairs):
     """The Pairs with a mask, and with a key and a value for every head: H / H_kv heads of queries share theirs."""
     groups = pairs.q.shape[1] // pairs.k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (pairs.k, pairs.v))
+    k, v = pairs.k, pairs.v
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return Pairs(pairs.q, k, v, pairs.i, pairs.j, mask(pairs), pairs.state, pairs.own, pairs.length)
 
 
