@@ -190,6 +190,7 @@ def one_round(contestant, work):
 
 def measure(options, checkout):
     """Lines of Markdown: when each contestant reached which goal, and its loss at every checkpoint."""
+    others.nanogpt(checkout)  # a folder that is none is said before anything is downloaded
     file = fetch(shakespeare.URL, f"{options.data_dir}/raw/tinyshakespeare.txt", shakespeare.SHA256)
     text = file.read_text("utf-8")
     with tempfile.TemporaryDirectory() as folder:
