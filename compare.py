@@ -53,6 +53,7 @@ class Compare(Config):
         out = Path(self.out_dir)
         taken = "a file" if out.is_file() else "a run" if (out / runs.CKPT).exists() else ""
         require(not taken, f"{out} is {taken}; choose another folder with --out_dir")
+        tables.check_folder(out)
         if self.docs:
             page, marks = Path(self.docs) / "results.md", (f"<!-- {out.name} -->", f"<!-- /{out.name} -->")
             require(page.is_file(), f"--docs={self.docs} has no results.md")

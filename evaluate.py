@@ -26,7 +26,7 @@ from core.measure import MULTIPLES, exact_match, length_loss, long_windows, reac
 from core.settings import Reading
 from data import tasks, vocabulary
 from lab import frequencies, passkey, perplexity, spread
-from lab.tables import picture, pictures, table, tables
+from lab.tables import check_folder, picture, pictures, table, tables
 
 
 @dataclass
@@ -75,6 +75,8 @@ class Options(Reading):
         held = any((out / name).exists() for name in (runs.CKPT, "config.json"))
         require(not held, f"--out_dir={out} holds a run or a model; name another folder, {out}/reach say")
         require(out.is_dir() or not out.exists(), f"--out_dir={out} is a file; name a folder")
+        if self.out_dir:
+            check_folder(out)
 
     @property
     def kind(self):

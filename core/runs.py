@@ -272,6 +272,9 @@ def resume(config, dataset, tokenizer):
     if "optimizer" not in state:
         why = "it holds no optimiser state (best.pt does not); use --init_from"
         raise UserError(f"{find(out)} cannot go on: {why}")
+    if state["step"] > config.max_steps:
+        at = f"{out} is at step {state['step']} already, past --max_steps={config.max_steps}"
+        raise UserError(f"{at}; ask for more steps, or start another run with --out_dir")
     check_tokenizer(tokenizer, state)
     if state["data_checksum"] != dataset.meta["data_checksum"]:
         raise UserError(f"the corpus of {out} has changed since it began ({dataset.folder}); start anew with --out_dir")

@@ -11,6 +11,7 @@ import math
 import statistics
 
 from core import report
+from core.errors import require
 from lab import passkey
 
 HOLDS = 1.05  # a length holds while its perplexity is at most so many times that at T
@@ -189,3 +190,10 @@ def pictures(folder, records, seeds=()):
     if spread:
         labels = "context / training length", "entropy of attention (nats)"
         report.lines(folder / "attention.png", spread, *labels, log_x=True, mark_x=1)
+
+
+def check_folder(folder):
+    """ValueError where pages or pictures in the folder would be overwritten that no earlier call of ours has left."""
+    ours = any((folder / name).exists() for name in ("results.json", "length.json", "frequencies.json"))
+    others = [] if ours else sorted(file.name for file in folder.glob("*") if file.suffix in (".md", ".png", ".json"))
+    require(not others, f"--out_dir={folder} holds other files ({', '.join(others[:3])}); choose another folder")

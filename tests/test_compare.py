@@ -143,7 +143,18 @@ def test_results_of_other_steps_are_not_taken(corpus, tmp_path, call_script):
     assert call_script("compare.py", *words, "--max_steps=4").returncode == 0
     assert runs.read_json(tmp_path / "results.json")["runs"]["none"]["1337"]["step"] == 4
     done = call_script("compare.py", *words, "--max_steps=2")
-    assert (done.returncode, "is not at step 2" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "is at step 4 already, past --max_steps=2" in done.stderr) == (2, True), done.stderr
+
+
+def test_a_folder_of_other_pages_is_left_alone(call_script, tmp_path, trained):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/results.md").write_text("mine")
+    for words in (["compare.py", "rope"], ["evaluate.py", trained]):
+        done = call_script(*words, "--out_dir=docs")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "--out_dir=docs holds other files (results.md)" in done.stderr
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["results.md"]
+    assert (tmp_path / "docs/results.md").read_text() == "mine"
 
 
 def test_mistakes_are_one_line(call_script, tmp_path, trained):

@@ -317,6 +317,10 @@ def test_a_run_from_before_a_setting_existed_goes_on(copy, corpus, refuse):
     assert state(copy)["step"] == 26 and state(copy)["config"]["shards"] == 1
 
 
+def test_fewer_steps_than_were_done_are_refused(copy, refuse):
+    refuse(copy, r"is at step 24 already, past --max_steps=10; .*--out_dir", max_steps=10)
+
+
 def test_more_steps_may_be_asked_for(copy, corpus):
     run(corpus, copy, max_steps=26, checkpoint_interval=13)
     assert state(copy)["step"] == 26
