@@ -41,6 +41,19 @@ def nearest(word, known, cutoff=0.6):
     return f"did you mean '{match[0]}'?" if match else f"choose from {', '.join(known)}"
 
 
+def brief(value, width=200):
+    """A value as text of at most `width` characters, the middle of longer ones left out."""
+    text = str(value)
+    return text if len(text) <= width else f"{text[: width * 2 // 3]} ... {text[-width // 4 :]}"
+
+
+def line_of(error):
+    """What a UserError or an OSError says, as one line. No word of it is longer than `brief` lets it be."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        error = f"{error.filename}: {error.strerror}"
+    return brief(" ".join(map(brief, str(error).split())), 1500)
+
+
 def program():
     """The name of the running program: train.py, or lab.bench for `python -m lab.bench`."""
     spec = sys.modules["__main__"].__spec__  # `python -m` alone sets it
@@ -67,5 +80,5 @@ def run(main):
             time.sleep(PATIENCE + rank)
         if not mistake:
             raise
-        print(f"{program()}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program()}: {line_of(error)}", file=sys.stderr)
         sys.exit(2)

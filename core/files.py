@@ -15,6 +15,7 @@ def atomic(path, mode="w"):
 
     It is written to the side, flushed to the disk and renamed into place: a kill leaves the old file or the new one. An
     exception in the block leaves the old one, and nothing beside it. The file's mode stays, and a link stays a link.
+    OSError names the file, also where its disk is full.
     """
     path = os.path.realpath(path)
     part = Path(f"{path}.part")
@@ -25,9 +26,11 @@ def atomic(path, mode="w"):
         if os.path.exists(path):
             shutil.copymode(path, part)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        if isinstance(error, OSError) and error.filename is None and error.errno:
+            raise OSError(error.errno, f"cannot be written: {os.strerror(error.errno)}", path) from None
         raise
 
 
