@@ -173,7 +173,7 @@ def train(config, place):
     log, stop = runs.Log(config.out_dir, place, training.step, config.max_steps, process.BEGAN), places.Stop(place)
     prepare(training, log)
     windows = dataset.validation(config.train_length, max(1, config.eval_tokens // config.train_length))
-    token_bytes, signal = vocabulary.byte_lengths(tokenizer), 0
+    token_bytes, signal, neighbours = vocabulary.byte_lengths(tokenizer), 0, places.Neighbours()
 
     since, since_step = time.perf_counter(), training.step
     while training.step < config.max_steps and not signal:
@@ -193,6 +193,8 @@ def train(config, place):
         if log_due:
             tell(training, log, loss, norm, step - since_step, time.perf_counter() - since)
             since, since_step = time.perf_counter(), step
+            if slow := neighbours.line():
+                log.say(slow)
         if evaluation_due:
             began = time.perf_counter()
             validate(training, log, windows, token_bytes, micro_batch)

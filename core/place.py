@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,6 +193,39 @@ def no_compiler(device):
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         return "no triton"
     return None
+
+
+def waited():
+    """Seconds that this process's threads, added up, were ready to run while others had the cores. Linux alone counts
+    them; elsewhere 0."""
+    seconds = 0.0
+    with contextlib.suppress(OSError, ValueError, IndexError):  # A thread may end meanwhile.
+        for file in Path("/proc/self/task").glob("*/schedstat"):
+            seconds += int(file.read_text(encoding="utf-8").split()[1]) / 1e9
+    return seconds
+
+
+class Neighbours:
+    """Other programs on this run's cores. They cost it more than the cores that they take: at every barrier, all of its
+    threads wait for the slowest."""
+
+    def __init__(self):
+        self.since, self.waited, self.said = time.perf_counter(), waited(), False
+
+    def line(self):
+        """A line for the user, or None: once, if this process's threads waited for a core for more than a fifth of the
+        last seconds, five of them or more."""
+        seconds, held_up = time.perf_counter() - self.since, waited() - self.waited
+        if self.said or seconds < 5:
+            return None
+        self.since, self.waited = self.since + seconds, self.waited + held_up
+        share = held_up / seconds / torch.get_num_threads()
+        self.said = share > 0.2
+        return (
+            f"slow: other programs had this run's cores for {share:.0%} of the last {seconds:.0f} s"
+            if self.said
+            else None
+        )
 
 
 class Stop:

@@ -7,9 +7,10 @@ import time
 
 BEGAN = time.perf_counter()  # "seconds" in metrics.jsonl count what a user waits, imports included
 
-# OpenMP's threads on the CPU spin for milliseconds while they wait for each other. As soon as another program wants a
-# core, each of a step's thousand barriers costs a time slice, and the step takes 10 to 25 times as long (docs/log.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+# OpenMP's threads on the CPU spin while they wait for each other. Where another program wants a core, each of a step's
+# thousand barriers costs what is left of a time slice: 30000 turns are as fast as 1000 alone, and a third as fast beside
+# one busy neighbour; without any, a run alone loses a fifth (docs/log.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # glibc gives large blocks back to the system when they are freed. A step's thousand tensors then get new pages each
 # time, and the faults for these are a fifth of the step. M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1) keep them.

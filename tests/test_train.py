@@ -7,7 +7,10 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from tiny import TINY, TORCHRUN, bound, command, finish, run, start, step_sums
 
 import train
 from core import optimizers, runs
+from core import place as places
 from core.errors import UserError
 from core.place import Place
 from core.settings import Config
@@ -466,3 +470,26 @@ def test_training_on_a_gpu(corpus, tmp_path, dtype, posenc):
 
 def test_one_process_is_its_own_sum():
     assert Place(torch.device("cpu"), torch.float32).sum(1.0, 2.0) == (1.0, 2.0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or not Path("/proc/self/schedstat").exists(), reason="Linux")
+def test_a_neighbour_on_the_same_core_is_waited_for_and_said_once(monkeypatch):
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])  # It inherits the core.
+    try:
+        before, end = places.waited(), time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            sum(range(1000))
+        assert places.waited() > before
+    finally:
+        neighbour.kill()
+        os.sched_setaffinity(0, cores)
+    clock, held_up, threads = [0.0], [0.0], torch.get_num_threads()
+    monkeypatch.setattr(places.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(places, "waited", lambda: held_up[0])
+    neighbours = places.Neighbours()
+    said = []
+    for clock[0], held_up[0] in ((5.0, 0.9 * threads), (10.0, 2.4 * threads), (15.0, 4.9 * threads)):
+        said.append(neighbours.line())
+    assert said == [None, "slow: other programs had this run's cores for 30% of the last 5 s", None]
