@@ -173,7 +173,7 @@ def train(config, place):
     log, stop = runs.Log(config.out_dir, place, training.step, config.max_steps, process.BEGAN), places.Stop(place)
     prepare(training, log)
     windows = dataset.validation(config.train_length, max(1, config.eval_tokens // config.train_length))
-    token_bytes, signal, neighbours = vocabulary.byte_lengths(tokenizer), 0, places.Neighbours()
+    token_bytes, signal = vocabulary.byte_lengths(tokenizer), 0
 
     since, since_step = time.perf_counter(), training.step
     while training.step < config.max_steps and not signal:
@@ -193,8 +193,6 @@ def train(config, place):
         if log_due:
             tell(training, log, loss, norm, step - since_step, time.perf_counter() - since)
             since, since_step = time.perf_counter(), step
-            if slow := neighbours.line():
-                log.say(slow)
         if evaluation_due:
             began = time.perf_counter()
             validate(training, log, windows, token_bytes, micro_batch)
@@ -257,6 +255,8 @@ def tell(training, log, loss, norm, steps, seconds):
     if place.peak:
         shown["mfu"] = f"{speed * training.model.flops_per_token() / (place.peak * place.world):.0%}"
     log.bar.set_postfix(shown, refresh=False)
+    if slow := log.neighbours.line():
+        log.say(slow)
 
 
 def validate(training, log, windows, token_bytes, rows):

@@ -18,6 +18,7 @@ import posenc
 from core import files, report
 from core.errors import UserError, nearest
 from core.flags import make
+from core.place import Neighbours
 from core.settings import Config
 from data import vocabulary
 from model import GPT, GPTConfig
@@ -333,6 +334,7 @@ class Log:
 
     def __init__(self, folder, place, step, max_steps, start):
         self.path, self.main, self.start = Path(folder) / "metrics.jsonl", place.main, start
+        self.neighbours = Neighbours()
         self.bar = tqdm(
             initial=step, total=max_steps, desc=Path(folder).name, disable=not self.main or step >= max_steps,
             mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True,
