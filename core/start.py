@@ -8,8 +8,8 @@ import time
 BEGAN = time.perf_counter()  # "seconds" in metrics.jsonl count what a user waits, imports included
 
 # OpenMP's threads on the CPU spin while they wait for each other. Where another program wants a core, each of a step's
-# thousand barriers costs what is left of a time slice: 30000 turns are as fast as 1000 alone and a third as fast beside a
-# busy neighbour; with none of them, a run alone loses a fifth (docs/log.md).
+# thousand barriers costs what is left of a time slice: 30000 turns are as fast as 1000 alone, and a third as fast
+# beside a busy neighbour; with none of them, a run alone loses a fifth (docs/log.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # glibc gives large blocks back to the system when they are freed. A step's thousand tensors then get new pages each
