@@ -57,8 +57,8 @@ class GPTConfig:
         require(self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         require(self.n_head % self.kv_heads == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head")
         require(0 <= self.dropout < 1, f"dropout must lie in 0 ... 1, not {self.dropout}")
-        cycle = 1 if isinstance(self.posenc, str) else len(self.posenc)
-        posenc.build(self.posenc, cycle, **self.sizes)  # raises ValueError for what cannot be built
+        members = posenc.members(self.posenc)
+        posenc.build(members, min(self.n_layer, len(members)), **self.sizes)  # ValueError for what cannot be built
 
     @property
     def kv_heads(self):
@@ -162,6 +162,9 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.posenc = nn.ModuleList(posenc.build(config.posenc, config.n_layer, **config.sizes))
+        sights = posenc.sights(config.posenc, config.n_layer)
+        self.sights = list(dict.fromkeys(sights))  # the different ones
+        self.sight_of = [self.sights.index(sight) for sight in sights]  # of every layer
         self.norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -206,11 +209,11 @@ class GPT(nn.Module):
             return self.by_segments(tokens, targets, segments, watch)
         past = Past() if past is None else past
         self.check_length(past.end(tokens.shape[1], pos))
-        call = Call.of(past, tokens, pos, watch)
+        calls = Call.each(past, self.sights, tokens, pos, watch)
 
-        x = self.embed(tokens, call)  # (B, T, C)
-        for block, encoding in zip(self.blocks, self.posenc, strict=True):
-            x = block(x, encoding, call)
+        x = self.embed(tokens, calls[0])  # (B, T, C)
+        for block, encoding, index in zip(self.blocks, self.posenc, self.sight_of, strict=True):
+            x = block(x, encoding, calls[index])
         logits = self.head(self.norm(x if last is None else x[:, -last:]))
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
@@ -245,11 +248,18 @@ class GPT(nn.Module):
         encoding = next(encoding for encoding in self.posenc if encoding.max_length == self.max_length)
         return f"{encoding.name} has {self.max_length} positions, {length} are needed: {encoding.way_out}"
 
+    @property
+    def bounded(self):
+        """Whether some layers see less than all tokens."""
+        return any(sight.span for sight in self.sights)
+
     def flops_per_token(self):
-        """Floating-point operations to train on one token: 6 for each weight of a product, 12 T C a layer in attention.
-        (Chowdhery et al. 2022, appendix B; the causal half of attention is counted as a whole, as is the custom.)"""
+        """Floating-point operations to train on one token: 6 for each weight of a product, 12 S C a layer in attention,
+        S keys being T or what a layer's window lets it see. (Chowdhery et al. 2022, appendix B; the causal half of
+        attention is counted as a whole, as is the custom.)"""
         products = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2) + self.head.weight.numel()
-        return 6 * products + 12 * self.config.n_layer * self.config.n_embd * self.config.train_length
+        T, spans = self.config.train_length, [self.sights[index].span for index in self.sight_of]
+        return 6 * products + 12 * self.config.n_embd * sum(min(T, span or T) for span in spans)
 
 
 def nats(logits, targets):
@@ -307,7 +317,7 @@ def generate(
             if index == 1 and compiled is not None:  # the prompt is in the cache, and from here on shapes stay
                 forward, cache, pos = compiled, Slots(cache), cache.pos[-1:]
             pos = None if pos is None else pos + 1  # a new tensor, as encodings remember tables by its identity
-            for piece in pieces(tokens, cache):
+            for piece in pieces(tokens, cache, model.bounded):
                 logits = forward(piece, past=cache, last=1, pos=pos)
         logits = logits[:, -1].masked_fill(barred, -math.inf)
         new = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)

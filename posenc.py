@@ -17,10 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.encoding import ENCODINGS, Encoding, along_heads, build, derives, every, merge, parse
+from core.encoding import (
+    ENCODINGS,
+    Encoding,
+    along_heads,
+    build,
+    derives,
+    every,
+    members,
+    merge,
+    parse,
+    sights,
+    written,
+)
 
 # Import encodings and their language from here: this module has loaded all of them.
-__all__ = ["ENCODINGS", "Encoding", "build", "derives", "every", "merge", "parse"]
+__all__ = ["ENCODINGS", "Encoding", "build", "derives", "every", "members", "merge", "parse", "sights", "written"]
 
 
 class NoPE(Encoding):

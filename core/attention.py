@@ -61,12 +61,17 @@ def masked_logits(encoding, pairs):
     return logits + torch.zeros_like(pairs.seen, dtype=logits.dtype).masked_fill_(~pairs.seen, -math.inf)
 
 
-def visible(i, j, window=None, sinks=0):
-    """Indices of queries (T,) and keys (S,) -> (T, S) bool: keys no later than their query and, with a window W, either
-    at a distance below W or among the first `sinks` tokens."""
+def visible(i, j, window=None, sinks=0, chunk=0):
+    """Indices of queries (T,) and keys (S,) -> (T, S) bool: keys no later than their query and, with a window W, at a
+    distance below W; with a chunk c, in the query's own c tokens. The first `sinks` tokens are seen from everywhere."""
     i = i[:, None]  # compared and not subtracted: differences would be eight bytes for every pair
     seen = j <= i
-    return seen if window is None else seen & ((j > i - window) | (j < sinks))
+    if not window:
+        return seen
+    near = j > i - window
+    if chunk:
+        near &= j // chunk == i // chunk
+    return seen & (near | (j < sinks)) if sinks else seen & near
 
 
 # These forms compute the same faster, each where it can. They take (encoding, parts, dropout), as `written_out` does.

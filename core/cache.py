@@ -24,6 +24,8 @@ class Past:
     log_n: queries with n > T keys in sight, T the training length, are multiplied by ln n / ln T, which keeps attention
     from spreading (Su 2021, kexue.fm/archives/8823). total: the number of tokens that will ever enter, for encodings
     that scale with the context; by default those that have entered so far.
+
+    Layers that were trained with a Sight of their own have a past of their own, see `of`.
     """
 
     fixed = False  # tensors keep their shapes and places, whatever enters
@@ -31,6 +33,20 @@ class Past:
     def __init__(self, window=None, sinks=0, log_n=False, total=0):
         self.window, self.sinks, self.log_n, self.total = window, sinks, log_n, total
         self.next = 0  # the position of the next token
+        self.narrow = {}  # Sight -> the past of the layers that have it
+
+    def of(self, sight):
+        """The past of layers with that Sight: this one or, where they were trained to see less than it lets them, one
+        that is bounded by their own span and has no sinks."""
+        if not sight.span or (self.window and self.window < sight.span):
+            return self
+        if sight not in self.narrow:
+            self.narrow[sight] = self.bounded(sight.span)
+        return self.narrow[sight]
+
+    def bounded(self, span):
+        """A past of this kind, empty, of which queries see the last `span` tokens."""
+        return type(self)(span, 0, self.log_n, self.total)
 
     def end(self, count, pos=None):
         """The position after the coming `count` tokens, or after those at positions pos (T,)."""
@@ -102,22 +118,22 @@ class Cache(Past):
 
 class Slots(Cache):
     """A cache whose tensors keep their shapes and places from token to token, as a compiled model and a CUDA graph need
-    it: room for `total` tokens from the start. It begins with what `cache` holds, takes one token at a time, whose
-    position has to be given, has no window, and keeps nothing but keys and values (ValueError). Unused slots come after
-    the query, so that the causal mask hides them."""
+    it: room for `total` tokens from the start, also under a window, whose mask hides those before it. It begins with
+    what `cache` holds, takes one token at a time, whose position has to be given, and keeps nothing but keys and values
+    (ValueError). Unused slots come after the query, so that the causal mask hides them."""
 
     fixed = True
 
     def __init__(self, cache):
-        require(not cache.window, "fixed slots have no window")
-        super().__init__(total=cache.total, log_n=cache.log_n)
+        super().__init__(cache.window, cache.sinks, cache.log_n, cache.total)
         self.length, self.pos = cache.total, torch.arange(cache.total, device=cache.pos.device)
+        self.narrow = {sight: Slots(part) for sight, part in cache.narrow.items()}
         self.slot = None  # (1,) the slot of the present call's token
         for layer, held in cache.layers.items():
             require(held.keys() == {"k", "v"}, f"fixed slots hold keys and values, not {', '.join(held)}")
             self.layers[layer] = {name: x.new_zeros(*x.shape[:2], cache.total, x.shape[3]) for name, x in held.items()}
             for name, x in self.layers[layer].items():
-                x[:, :, : cache.length] = held[name][:, :, : cache.length]
+                x[:, :, cache.pos] = held[name][:, :, : cache.length]
                 torch._dynamo.mark_static_address(x)
 
     def end(self, count, pos=None):
@@ -138,8 +154,8 @@ class Memory(Past):
     """Transformer-XL's recurrence (Dai et al. 2019, section 3.2): what entered every layer for the last segment,
     without its gradient. It stands before the next segment's tokens, so that keys and values reach back over it."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, *bounds):
+        super().__init__(*bounds)
         self.pos, self.layers = None, {}  # positions (M,), layer -> (B, M, C)
 
     def advance(self, pos, end):
@@ -151,17 +167,19 @@ class Memory(Past):
         return x if before is None else torch.cat((before, x), dim=1)
 
 
-def pieces(tokens, cache):
-    """tokens (B, T) in the parts in which they best enter a cache: many where it is empty and has no window, as fused
-    attention then needs no mask; and few, whose masks (T, S) are small, where not."""
-    first = PIECE if cache.length or cache.window else max(PIECE, WHOLE // len(tokens))
+def pieces(tokens, cache, bounded=False):
+    """tokens (B, T) in the parts in which they best enter a cache: many where it is empty and nothing is bounded, as
+    fused attention then needs no mask; and few, whose masks (T, S) are small, where not. bounded: whether the model has
+    layers that see less than all."""
+    first = PIECE if cache.length or cache.window or bounded else max(PIECE, WHOLE // len(tokens))
     parts = tokens[:, :first], *tokens[:, first:].split(PIECE, dim=1)
     return [part for part in parts if part.shape[1]]
 
 
 @dataclass
 class Call:
-    """The geometry of one call of the model, which all its layers share: where tokens stand, and which see which."""
+    """The geometry of one call of the model, which all its layers of one Sight share: where tokens stand, and which see
+    which."""
 
     past: Past
     pos: Tensor  # (T,) indices of this call's tokens
@@ -174,21 +192,34 @@ class Call:
     watch: Callable | None  # see GPT.forward
 
     @classmethod
-    def of(cls, past, tokens, pos=None, watch=None):
-        """The call that reads tokens (B, T) after `past`, which takes in their positions."""
+    def each(cls, past, sights, tokens, pos=None, watch=None):
+        """[Call], one for each Sight, that read tokens (B, T) after `past`, which takes in their positions."""
         T, end, consecutive = tokens.shape[1], past.end(tokens.shape[1], pos), pos is None
         if consecutive:
             pos = torch.arange(end - T, end, device=tokens.device)
-        k_pos = past.advance(pos, end)
-        length, window, sinks = max(end, past.total), past.window or None, past.sinks
+        pasts = [past.of(sight) for sight in sights]
+        keys = {id(own): own.advance(pos, end) for own in (past, *past.narrow.values())}
+        return [
+            cls.of(own, sight, pos, keys[id(own)], end, consecutive, watch)
+            for own, sight in zip(pasts, sights, strict=True)
+        ]
+
+    @classmethod
+    def of(cls, past, sight, pos, k_pos, end, consecutive, watch):
+        """The Call of layers with that Sight over their `past`, whose keys have indices k_pos (S,). `end` is the index
+        after the call's last token; `consecutive`: whether the indices of its tokens follow one another."""
+        T, length, window, sinks = len(pos), max(end, past.total), past.window or None, past.sinks
         reach = min(length, window + sinks) if window else length
+        chunk = sight.chunk if end > sight.chunk else 0
+        if window and end <= window and not chunk:  # It hides nothing, so it is none, and needs no mask.
+            window = None
         # One query over a whole cache needs no mask at all. Tokens without a past need none either where their indices
         # follow one another: attention has a triangle of its own.
         unmasked = not window and not past.fixed and (T == 1 or (consecutive and len(k_pos) == T))
-        seen = None if unmasked else visible(pos, k_pos, window, sinks)
+        seen = None if unmasked else visible(pos, k_pos, window, sinks, chunk)
         band = near = None
         if window and sinks:
-            band, near = visible(pos, k_pos, window), pos.clamp(max=reach - 1)
+            band, near = visible(pos, k_pos, window, 0, chunk), pos.clamp(max=reach - 1)
         return cls(past, pos, k_pos, seen, band, near, length, reach, watch)
 
     def temper(self, q, trained):

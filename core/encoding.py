@@ -25,11 +25,12 @@ and the tests, the benchmark and the gallery find it by themselves.
 import ast
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from core.errors import nearest
+from core.errors import nearest, require
 
 ENCODINGS = {}  # name -> class
 
@@ -58,6 +59,18 @@ class Pairs:
             {name: x[:, :, begin:end] for name, x in self.own.items()},
             self.length,
         )  # fmt: skip
+
+
+class Sight(NamedTuple):
+    """The keys that a layer sees, in training as later, whatever its encoding. Bounds count tokens; 0 means none."""
+
+    window: int = 0  # keys at a distance below it
+    chunk: int = 0  # keys of the query's own chunk of so many tokens (Llama 4)
+
+    @property
+    def span(self):
+        """The most keys that a query can see, or 0 where there is no bound."""
+        return min(filter(None, self), default=0)
 
 
 class Encoding(nn.Module):
@@ -232,7 +245,8 @@ def along_heads(x, n):
 
 
 def parse(spec):
-    """'rope(base=5e5)' -> (RoPE, {'base': 5e5}). Arguments are literals, never evaluated; ValueError says what is off.
+    """'rope(base=5e5, window=32)' -> (RoPE, {'base': 5e5}, {'window': 32}): the class, its arguments, and those of its
+    layer, which are fields of Sight. All are literals, never evaluated; ValueError says what is off.
 
     A name or a call as an argument, such as randomized(inner=rope(base=5e5)), stays a string for the encoding to parse.
     """
@@ -256,8 +270,31 @@ def parse(spec):
             if not isinstance(keyword.value, ast.Name | ast.Call):
                 raise ValueError(wrong) from None
             arguments[keyword.arg] = ast.unparse(keyword.value)
-    ENCODINGS[name].checked(arguments)
-    return ENCODINGS[name], arguments
+    cls = ENCODINGS[name]
+    # rerope's window is its own, and no trained one.
+    layer = {key: arguments.pop(key) for key in Sight._fields if key in arguments and key not in cls.arguments}
+    for key, value in layer.items():
+        require(type(value) is int and 0 <= value < 1 << 62, f"{spec}: {key} must be a number of tokens, or 0 for all")
+    cls.checked(arguments)
+    return cls, arguments, layer
+
+
+def written(cls, arguments, layer=None):
+    """What `parse` takes apart, as text again. A bound of 0 is none."""
+    bounds = {key: value for key, value in (layer or {}).items() if value}
+    listed = ", ".join(f"{key}={value!r}" for key, value in (arguments | bounds).items())
+    return f"{cls.name}({listed})" if listed else cls.name
+
+
+def members(spec):
+    """A value of the flag as the list that is cycled over the layers: that of one member, where it is no list."""
+    return [spec] if isinstance(spec, str) else spec
+
+
+def sights(spec, n_layer):
+    """The Sight of every layer under a value of the flag."""
+    each = [Sight(**parse(text)[2]) for text in members(spec)]
+    return [each[layer % len(each)] for layer in range(n_layer)]
 
 
 def every():
@@ -270,25 +307,27 @@ def every():
 def derives(spec, base):
     """Whether a value of the flag names the encodings of another, whatever their arguments, or such as derive from them
     (rerope from rope): those may take over its weights and arguments."""
-    new, old = ([parse(text)[0] for text in ([value] if isinstance(value, str) else value)] for value in (spec, base))
+    new, old = ([parse(text)[0] for text in members(value)] for value in (spec, base))
     return len(new) == len(old) and all(map(issubclass, new, old))
 
 
 def build(spec, n_layer, **sizes):
-    """One encoding for every layer from `spec`, a string or a list of strings that is cycled over the layers."""
-    parsed = [parse(text) for text in ([spec] if isinstance(spec, str) else spec)]
-    if not parsed:
-        raise ValueError("posenc is an empty list; name at least one encoding")
+    """One encoding for every layer from `spec`, a string or a list of strings that is cycled over the layers. What a
+    member says of its layer leaves the encoding as it is: members that differ in that alone share an instance."""
+    parsed = [parse(text)[:2] for text in members(spec)]
+    require(parsed, "posenc is an empty list; name at least one encoding")
+    unused = ", ".join(members(spec)[n_layer:])
+    require(not unused, f"posenc has {len(parsed)} members for n_layer={n_layer} layers: {unused} would do nothing")
     latest, layers = {}, []
-    for layer in range(max(n_layer, len(parsed))):  # members beyond the last layer are built too, to check them
+    for layer in range(n_layer):
         cls, arguments = parsed[layer % len(parsed)]
         key = (cls, repr(arguments))
         if key not in latest or not latest[key].shared:
             latest[key] = cls(**sizes, layer=layer, **arguments)
-        if len(parsed) > 1 and latest[key].embeds:
+        if latest[key].embeds and any(member != parsed[0] for member in parsed):
             raise ValueError(f"{cls.name} acts before the first layer, so it cannot stand in a list over the layers")
         layers.append(latest[key])
-    return layers[:n_layer]
+    return layers
 
 
 def merge(spec, override):
@@ -299,8 +338,10 @@ def merge(spec, override):
     if not isinstance(spec, str):
         ours = [derives(override, member) for member in spec]
         return [merge(m, override) if own else m for m, own in zip(spec, ours, strict=True)] if any(ours) else override
-    (_, old), (new, given) = parse(spec), parse(override)
+    (_, old, bounds), (new, given, layer) = parse(spec), parse(override)
     if not derives(override, spec):
         return override
-    arguments = ", ".join(f"{key}={value!r}" for key, value in (old | given).items())
-    return f"{new.name}({arguments})" if arguments else new.name
+    for key, value in bounds.items():
+        free = not value or key not in new.arguments
+        require(free, f"{new.name} has a {key} of its own, and cannot be laid over {spec}")
+    return written(new, old | given, bounds | layer)

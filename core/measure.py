@@ -56,7 +56,7 @@ def token_losses(model, ids, scored, place, **reading):
     ids, cache, losses = ids.to(place.device), Cache(total=ids.shape[1] - 1, **reading), []
     context, inputs, targets = ids[:, : -scored - 1], ids[:, -scored - 1 : -1], ids[:, -scored:]
     with place.autocast():
-        for part in pieces(context, cache):
+        for part in pieces(context, cache, model.bounded):
             model(part, past=cache, last=1)
         for x, y in zip(inputs.split(PIECE, dim=1), targets.split(PIECE, dim=1), strict=True):
             losses.append(model(x, y, past=cache))

@@ -62,7 +62,7 @@ def plain_posenc(config):
     a rope that turns no pair."""
     if not isinstance(config.posenc, str):
         return config.posenc
-    (cls, arguments), head_dim = posenc.parse(config.posenc), config.sizes["head_dim"]
+    (cls, arguments, layer), head_dim = posenc.parse(config.posenc), config.sizes["head_dim"]
     if cls is posenc.NoPE and head_dim % 2 == 0:
         cls, arguments = posenc.RoPE, {"fraction": 0.0}
     arguments = cls.checked(arguments)
@@ -80,7 +80,7 @@ def plain_posenc(config):
         arguments = {"overflow": arguments["overflow"]}
     for key, value in arguments.items():
         arguments[key] = float(value) if isinstance(cls.arguments[key], float) else value
-    return f"{cls.name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+    return posenc.written(cls, arguments, layer)
 
 
 def config_json(config, kind):

@@ -80,7 +80,7 @@ def read_rope(cfg, base="rope_theta", share="partial_rotary_factor", usual_share
 def write_rope(config, base="rope_theta", share="partial_rotary_factor", usual_share=1.0):
     """A Config -> their keys, the inverse of `read_rope`, in the older form that all versions of transformers read; {}
     for an encoding that is no rope. Arguments that have no place in it are left out."""
-    cls, arguments = posenc.parse(config.posenc) if isinstance(config.posenc, str) else (None, {})
+    cls, arguments, _ = posenc.parse(config.posenc) if isinstance(config.posenc, str) else (None, {}, {})
     if cls is not posenc.RoPE:
         return {}
     arguments = cls.checked(arguments)

@@ -39,7 +39,7 @@ def spread(model, tokens, last, place):
 
     cache, context, queries = Cache(total=tokens.shape[1]), *tokens.tensor_split([tokens.shape[1] - last], dim=1)
     with place.autocast():
-        for part in pieces(context, cache):
+        for part in pieces(context, cache, model.bounded):
             model(part, past=cache, last=1)
         for part in queries.split(32, dim=1):  # few of them, whose weights are held for all keys
             model(part, past=cache, last=1, watch=watch)

@@ -1007,7 +1007,7 @@ def test_a_published_model_is_tuned_to_twice_its_length_goes_on_after_a_stop_and
     config = runs.config_of(state)
     assert state["step"] == TINY["max_steps"]
     assert (config.train_length, config.original_length, config.tokenizer) == (32, 16, f"{moved}/tokenizer.json")
-    assert posenc.parse(config.posenc) == (posenc.RoPE, {"base": 10000.0, "scaling": "yarn", "factor": 2})
+    assert posenc.parse(config.posenc) == (posenc.RoPE, {"base": 10000.0, "scaling": "yarn", "factor": 2}, {})
     done = call_script("evaluate.py", moved, "--targets=2")
     assert done.returncode == 0, done.stderr
     cut(moved / "tokenizer.json")

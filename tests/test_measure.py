@@ -19,6 +19,8 @@ FEW = (0.5, 1, 1.5, 2, 4, 8)
 class Recorder:
     """Stands for a model: writes down what it is asked, and answers with a loss of 1 for every target."""
 
+    bounded = False
+
     def __init__(self, train_length, max_length=math.inf):
         self.config, self.max_length = GPTConfig(train_length=train_length, vocab_size=1), max_length
         self.calls, self.context = [], []
@@ -156,6 +158,8 @@ def test_a_window_and_the_training_length_of_another_run():
 class Copier(torch.nn.Module):
     """Stands for a model that copies: what stood `period` tokens before gets probability 3/4, the other V - 1 tokens
     share the rest; without that much context all are equal."""
+
+    bounded = False
 
     def __init__(self, period, vocab_size, train_length):
         super().__init__()

@@ -23,13 +23,14 @@ T = 16
 UNBOUNDED = posenc.every()
 LOGIT = 64  # the largest logit of attention that counts here; its rounding moves the weights by as much
 # Two ways to the same logits of a model in float64, up to 8 T tokens long.
-EXACT = bound(torch.float64, sums(GPTConfig(vocab_size=50, n_layer=2, n_embd=32), keys=8 * T), scale=LOGIT)
+EXACT = bound(torch.float64, sums(GPTConfig(vocab_size=50, n_layer=4, n_embd=32), keys=8 * T), scale=LOGIT)
 BY_DISTANCE = ["scaled_bias", "alibi", "t5", "kerple", 'kerple(form="power")', "sandwich"]
 
 
 def make(spec, seed=0, **settings):
     """A small model in float64 whose every parameter matters."""
-    defaults = dict(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, train_length=T, zero_init=False)
+    layers = 2 if isinstance(spec, str) else len(spec)
+    defaults = dict(vocab_size=50, n_layer=layers, n_head=4, n_kv_head=2, n_embd=32, train_length=T, zero_init=False)
     model = GPT(GPTConfig(posenc=spec, **(defaults | settings)), seed).double().eval()
     torch.manual_seed(7)
     for parameter in model.posenc.parameters():

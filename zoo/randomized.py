@@ -31,7 +31,8 @@ class Randomized(Encoding):
         self.require(
             self.length >= self.train_length, f"length must be at least {self.train_length}, not {self.length}"
         )
-        cls, arguments = parse(self.inner)
+        cls, arguments, layer = parse(self.inner)
+        self.require(not layer, f"{', '.join(layer)} belongs to the layer: randomized(inner=..., window=32)")
         self.require(cls is not Randomized, "the inner encoding must be another one")
         self.inner = cls(**(self.sizes | {"train_length": self.length}), **arguments)
         self.drawn = None  # positions (length,) of this training step; no buffer, or DDP would send it around

@@ -140,7 +140,7 @@ def decoder(config, place, context, count, window=None):
     tokens = torch.randint(config.vocab_size, (1, context), device=place.device)
     cache = Cache(window, total=context + count)
     with torch.inference_mode(), place.autocast():
-        for part in pieces(tokens, cache):
+        for part in pieces(tokens, cache, model.bounded):
             model(part, past=cache, last=1)
 
     @torch.inference_mode()
