@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import posenc
+from core import temper as tempers
 from core.attention import attend
 from core.cache import Cache, Call, Memory, Past, Slots, pieces
 from core.errors import require
@@ -42,6 +43,12 @@ class GPTConfig:
     norm_affine: bool = False  # normalisation layers have learned weights (layernorm: and biases)
     embed_norm: bool = True  # normalise token embeddings, and what the encoding adds to them, each on its own
     qk_norm: bool = False  # normalise queries and keys; changes the scale that attention biases act on
+    qk_scale: float = 1.0  # factor on the product of query and key
+    learn_qk_scale: bool = False  # qk_scale is learned, for every head of every layer
+    temper: Literal["none", "su", "ssmax", "llama4", "inkling", "adaptive"] = "none"  # factor by the keys in sight
+    sink_logit: bool = False  # attention may also go nowhere: every head learns the logit of a key without a value
+    gate: Literal["none", "elementwise", "head", "softplus"] = "none"  # learned factor on what attention returns
+    short_conv: bool = False  # keys and values are mixed with those of the three tokens before
     bias: Literal[False, True, "attention", "qkv"] = False  # linear layers have biases: all, or of these alone
     init_std: float = 0.0  # standard deviation of initial weights; 0 means 1 / sqrt(inputs)
     zero_init: bool = True  # output projections start at zero, so every block starts as the identity
@@ -50,6 +57,7 @@ class GPTConfig:
     dropout: float = 0.0  # on embeddings, attention weights and block outputs
 
     def __post_init__(self):
+        require(self.qk_scale > 0, f"qk_scale must be above 0, not {self.qk_scale}")
         for key in ("train_length", "n_layer", "n_head", "n_embd"):
             require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
         for key in ("original_length", "vocab_size", "n_kv_head", "n_hidden", "norm_eps", "logit_softcap", "init_std"):
@@ -83,7 +91,10 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    """Attention of one layer. What the settings add to it starts where it changes nothing, but for a sink, which starts
+    as one more key with a logit of 0."""
+
+    def __init__(self, config, layer, kind="none"):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.kv_heads
         self.head_dim, self.qk_norm, self.dropout = config.n_embd // config.n_head, config.qk_norm, config.dropout
@@ -91,6 +102,19 @@ class Attention(nn.Module):
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         self.qkv = nn.Linear(config.n_embd, width, bias=bool(config.bias))
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias in (True, "attention"))
+        self.temper_kind, self.gate_kind, self.fixed_scale = kind, config.gate, config.qk_scale
+        H, C, mixer = self.n_head, config.n_embd, (MIXED, self.n_kv_head, 1, self.head_dim)
+        own = {  # name -> (its shape, or None for none, first value)
+            "temper": (tempers.shape(kind, C, H), tempers.first_value(kind, self.train_length)),
+            "qk_scale": ((H, 1, 1) if config.learn_qk_scale else None, config.qk_scale),
+            "sink_logit": ((H,) if config.sink_logit else None, 0.0),
+            "gate": ({"none": None, "elementwise": (C, C)}.get(config.gate, (H, C)), 0.0),
+            "conv_k": (mixer if config.short_conv else None, 0.0),
+            "conv_v": (mixer if config.short_conv else None, 0.0),
+        }
+        self.first_values = {name: value for name, (_, value) in own.items()}
+        for name, (shape, _) in own.items():
+            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape)))
 
     def forward(self, x, encoding, call):
         """x (B, M, C) -> (B, T, C): the call's T tokens, which are the last of M where a memory lies before them."""
@@ -98,13 +122,39 @@ class Attention(nn.Module):
         T = len(call.pos)
         qkv = self.qkv(x).view(B, M, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, M, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        q = q[:, :, M - T :]
+        q, x_now = q[:, :, M - T :], x[:, M - T :]
+        if self.conv_k is not None:
+            k, v = self.mixed(k, v, call)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
-        q = call.temper(q, self.train_length)
-        parts = call.parts(encoding, self.layer, q, k, v, x)
+        if self.qk_scale is not None or self.fixed_scale != 1:
+            q = q * (self.fixed_scale if self.qk_scale is None else self.qk_scale.to(q.dtype))
+        q = call.temper(q, self.temper_kind, self.train_length, self.temper, x_now)
+        parts = call.parts(encoding, self.layer, q, k, v, x, self.sink_logit)
         y = attend(encoding, parts, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        if self.gate is not None:
+            y = y * gated(self.gate_kind, F.linear(x_now, self.gate), self.n_head).to(y.dtype)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def mixed(self, k, v, call):
+        """Keys and values (B, H_kv, M, D), to each of which the last MIXED tokens' are added, times learned weights."""
+        before, M = call.past.recent(self.layer, MIXED - 1, k=k, v=v), k.shape[2]
+
+        def mix(x, earlier, weight):
+            wide = torch.cat((earlier, x), dim=2)
+            shifted = [wide[:, :, MIXED - 1 - m : MIXED - 1 - m + M] for m in range(MIXED)]  # m tokens before
+            return x + sum(part * weight[m].to(x.dtype) for m, part in enumerate(shifted))
+
+        return mix(k, before["k"], self.conv_k), mix(v, before["v"], self.conv_v)
+
+
+MIXED = 4  # tokens in a short convolution, a key's own among them
+
+
+def gated(kind, x, n_head):
+    """The gate's logits, x (B, T, C) or (B, T, H) -> factors (B, H, T, D) or (B, H, T, 1), of 1 for logits of 0."""
+    x = x.view(*x.shape[:2], n_head, -1).transpose(1, 2)
+    return F.softplus(x) / math.log(2) if kind == "softplus" else 2 * torch.sigmoid(x)
 
 
 ACTIVATIONS = {
@@ -138,9 +188,9 @@ def make_norm(config):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, temper="none"):
         super().__init__()
-        self.attn_norm, self.attn = make_norm(config), Attention(config, layer)
+        self.attn_norm, self.attn = make_norm(config), Attention(config, layer, temper)
         self.ff_norm, self.ff = make_norm(config), FeedForward(config)
         self.drop, self.parallel = nn.Dropout(config.dropout), config.parallel_residual
 
@@ -160,7 +210,8 @@ class GPT(nn.Module):
         self.token = nn.Embedding(config.vocab_size, config.n_embd)
         self.token_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        kinds = enumerate(posenc.tempers(config.posenc, config.n_layer, config.temper))
+        self.blocks = nn.ModuleList(Block(config, layer, temper) for layer, temper in kinds)
         self.posenc = nn.ModuleList(posenc.build(config.posenc, config.n_layer, **config.sizes))
         sights = posenc.sights(config.posenc, config.n_layer)
         self.sights = list(dict.fromkeys(sights))  # the different ones
@@ -190,6 +241,8 @@ class GPT(nn.Module):
                 if path.endswith("proj.weight"):  # the 2 n_layer sums into the residual stream (Radford et al. 2019)
                     std *= 0.0 if self.config.zero_init else (2 * self.config.n_layer) ** -0.5
                 parameter.normal_(std=std, generator=generator)
+            elif isinstance(owner, Attention):
+                parameter.fill_(owner.first_values[name])
             else:
                 parameter.fill_(1.0 if name == "weight" else 0.0)  # normalisation weights; biases
 
@@ -233,6 +286,13 @@ class GPT(nn.Module):
         memory, inputs = Memory(), tokens.chunk(count, dim=1)
         wanted = [None] * count if targets is None else targets.chunk(count, dim=1)
         return torch.cat([self(x, y, memory, watch=watch) for x, y in zip(inputs, wanted, strict=True)], dim=1)
+
+    def matrices(self):
+        """The parameters that Muon and weight decay are for: the blocks' matrices that multiply whole tokens. What is
+        small or per head (tempers, gates of heads, convolutions, sinks) is not among them, whatever its shape."""
+        named = self.blocks.named_parameters()
+        whole = [".weight", *([".gate"] if self.config.gate == "elementwise" else [])]
+        return [p for name, p in named if p.dim() == 2 and name.endswith(tuple(whole))]
 
     def redraw(self, length, seed):
         """Before a training step on windows of `length` tokens: encodings with random positions draw them anew."""

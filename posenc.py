@@ -28,11 +28,14 @@ from core.encoding import (
     merge,
     parse,
     sights,
+    tempers,
     written,
 )
 
 # Import encodings and their language from here: this module has loaded all of them.
-__all__ = ["ENCODINGS", "Encoding", "build", "derives", "every", "members", "merge", "parse", "sights", "written"]
+__all__ = [
+    "ENCODINGS", "Encoding", "build", "derives", "every", "members", "merge", "parse", "sights", "tempers", "written",
+]  # fmt: skip
 
 
 class NoPE(Encoding):

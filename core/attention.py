@@ -5,13 +5,13 @@ Shapes: B sequences, T queries, S keys, H heads of width D, H_kv heads of keys a
 
 import functools
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from core.encoding import Pairs
 from core.place import no_compiler
 
 CHUNK = 256  # queries whose logits are computed at once; beyond it, the backward pass computes them anew
@@ -23,13 +23,15 @@ def written_out(encoding, parts, dropout=0.0):
 
         y_i = sum_j w_ij v_j,  w_i = softmax over j of s_ij,  s_ij = q_i k_j / sqrt(D) + what the encoding adds
 
-    The keys of several parts stand side by side.
+    The keys of several parts stand side by side. A sink's logit stands in the sum of the softmax, and has no value.
     """
     parts = [ready(part) for part in parts]
-    logits = [masked_logits(encoding, part) for part in parts]  # (B, H, T, S) each
-    weights = (logits[0] if len(parts) == 1 else torch.cat(logits, dim=-1)).softmax(-1)
+    logits, sizes = [masked_logits(encoding, part) for part in parts], [len(part.j) for part in parts]  # (B, H, T, S)
+    if parts[0].sink is not None:
+        logits.append(parts[0].sink.to(logits[0].dtype).view(-1, 1, 1).expand(*logits[0].shape[:3], 1))
+    weights = (logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)).softmax(-1)[..., : sum(sizes)]
     weights = F.dropout(weights.to(parts[0].v.dtype), dropout)
-    shares = [weights] if len(parts) == 1 else weights.split([len(part.j) for part in parts], dim=-1)
+    shares = [weights] if len(parts) == 1 else weights.split(sizes, dim=-1)
     return functools.reduce(torch.add, map(encoding.values, shares, parts))
 
 
@@ -39,7 +41,7 @@ def ready(pairs):
     k, v = pairs.k, pairs.v
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return Pairs(pairs.q, k, v, pairs.i, pairs.j, mask(pairs), pairs.state, pairs.own, pairs.length)
+    return replace(pairs, k=k, v=v, seen=mask(pairs))
 
 
 def mask(pairs):
@@ -81,13 +83,33 @@ def fused(encoding, parts, dropout=0.0, bias=None):
     """Attention by torch's fused kernel, for logits that the encoding leaves alone, or whose mask `bias` (H, T, S) is
     added to them. Without a mask, T is 1 or S."""
     (pairs,) = parts
-    bias = pairs.seen if bias is None else bias
-    return F.scaled_dot_product_attention(
-        pairs.q, pairs.k, pairs.v, attn_mask=bias, dropout_p=dropout,
+    bias, (q, k, v), (T, D) = pairs.seen if bias is None else bias, (pairs.q, pairs.k, pairs.v), pairs.v.shape[2:]
+    T = len(pairs.i)
+    if pairs.sink is not None:
+        q, k, v, bias = with_sink(pairs.sink, q, k, v, bias)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, dropout_p=dropout,
         # The kernel's own triangle begins at the top left: right for T = S. One query over all keys needs no mask.
-        is_causal=bias is None and len(pairs.i) > 1, scale=pairs.v.shape[-1] ** -0.5,
-        enable_gqa=pairs.q.shape[1] != pairs.k.shape[1],
+        is_causal=bias is None and T > 1, scale=D**-0.5, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
+    return y if pairs.sink is None else y[:, :, -T:, :D]
+
+
+def with_sink(sink, q, k, v, bias):
+    """Queries, keys, values and mask of the fused kernel, with the sink's logits (H,) as a first key that has no value.
+
+    A further dimension of the queries holds the logits, and is 1 in that key alone. Where the kernel draws the triangle
+    itself, a first query comes before the others, so that all of them lie below it. Half precision rounds the logits,
+    by 2^-9 of their size in bfloat16. Below -1000 a sink has no weight, and minus infinity times 0 would be no number.
+    """
+    (_, H, T, D), wide = q.shape, 8  # the dimensions that are added: kernels like multiples of 8
+    logits = sink.clamp(min=-1000).view(H, 1, 1).expand(*q.shape[:2], T, 1).to(q.dtype) * v.shape[-1] ** 0.5
+    q = torch.cat((q, logits, q.new_zeros(*q.shape[:3], wide - 1)), dim=-1)
+    k, v = F.pad(k, (0, wide, 1, 0)), F.pad(v, (0, wide, 1, 0))
+    k[:, :, 0, D] = 1
+    if bias is None:
+        return (F.pad(q, (0, 0, 1, 0)) if T > 1 else q), k, v, None
+    return q, k, v, F.pad(bias, (1, 0), value=True if bias.dtype == torch.bool else 0.0)
 
 
 def biased(encoding, parts, dropout=0.0):
@@ -151,7 +173,8 @@ def choose(encoding, parts, dropout):
     if not half:
         return biased
     whole = pairs.seen is None and len(pairs.i) == len(pairs.j)
-    return flex if whole and encoding.by_distance and not dropout and flexes(q) else written_out
+    tabled = encoding.by_distance and pairs.sink is None
+    return flex if whole and tabled and not dropout and flexes(q) else written_out
 
 
 def flexes(q):

@@ -1,6 +1,5 @@
 """The past of a call of the model (a cache of keys, fixed slots, a memory of hidden states), and its geometry."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor
 
 from core.attention import visible
-from core.encoding import Pairs
+from core.encoding import Pairs, Sight
 from core.errors import require
+from core.temper import BY_POSITION, factor
 
 WHOLE, PIECE = 1 << 14, 512  # tokens that enter an empty cache at once, and one that holds some
 
@@ -65,6 +65,11 @@ class Past:
         """{name: (B, H, 1, any)} of the token before those just announced, or {} where it is not kept."""
         return {}
 
+    def recent(self, layer, count, **new):
+        """new: name -> (B, H, T, any) of the tokens just announced. Returns name -> (B, H, count, any) of those before
+        them, zeros where there are none, and keeps the latest for the next call."""
+        return {name: x.new_zeros(*x.shape[:2], count, x.shape[3]) for name, x in new.items()}
+
     def append(self, layer, **new):
         """new: name -> (B, H, T, any) of the tokens just announced. Returns name -> (B, H, S, any) of all keys."""
         return new
@@ -82,6 +87,7 @@ class Cache(Past):
         self.length = 0  # tokens held
         self.new = 0  # those of them that the present call brought
         self.layers = {}  # layer -> {name: (B, H, capacity, any)}
+        self.tails = {}  # layer -> {name: (B, H, count, any)}, what `recent` keeps
         self.pos = None  # (length,)
 
     def advance(self, pos, end):
@@ -94,6 +100,13 @@ class Cache(Past):
     def last(self, layer):
         index = self.length - self.new
         return {name: x[:, :, index - 1 : index] for name, x in self.layers.get(layer, {}).items() if index}
+
+    def recent(self, layer, count, **new):
+        tails = self.tails.setdefault(layer, super().recent(layer, count, **new))
+        before = {name: tail.clone() for name, tail in tails.items()}
+        for name, x in new.items():
+            tails[name].copy_(torch.cat((before[name], x), dim=2)[:, :, -count:])
+        return before
 
     def append(self, layer, **new):
         held = self.layers.setdefault(layer, {})
@@ -129,6 +142,7 @@ class Slots(Cache):
         self.length, self.pos = cache.total, torch.arange(cache.total, device=cache.pos.device)
         self.narrow = {sight: Slots(part) for sight, part in cache.narrow.items()}
         self.slot = None  # (1,) the slot of the present call's token
+        self.tails = cache.tails
         for layer, held in cache.layers.items():
             require(held.keys() == {"k", "v"}, f"fixed slots hold keys and values, not {', '.join(held)}")
             self.layers[layer] = {name: x.new_zeros(*x.shape[:2], cache.total, x.shape[3]) for name, x in held.items()}
@@ -189,6 +203,7 @@ class Call:
     near: Tensor | None  # (T,) the queries' indices as if the sinks lay just before the window
     length: int  # tokens in the whole context, those to come included
     reach: int  # the most tokens that one query can see
+    sight: Sight  # what the layers were trained to see
     watch: Callable | None  # see GPT.forward
 
     @classmethod
@@ -220,16 +235,19 @@ class Call:
         band = near = None
         if window and sinks:
             band, near = visible(pos, k_pos, window, 0, chunk), pos.clamp(max=reach - 1)
-        return cls(past, pos, k_pos, seen, band, near, length, reach, watch)
+        return cls(past, pos, k_pos, seen, band, near, length, reach, sight, watch)
 
-    def temper(self, q, trained):
-        """Queries q (B, H, T, D), times ln n / ln T where n > T = `trained` keys are seen, if the past asks for it."""
-        if not self.past.log_n:
+    def temper(self, q, kind, trained, learned=None, x=None):
+        """Queries q (B, H, T, D), times the temper of that kind; see core/temper.py for what it takes. The past may ask
+        for su where there is none."""
+        kind = "su" if kind == "none" and self.past.log_n else kind
+        if kind == "none" or (kind in BY_POSITION and self.sight.span):
             return q
-        n = (self.pos[:, None] + 1).clamp(trained, max(trained, self.reach))
-        return q * (n.log() / math.log(trained)).to(q.dtype)
+        chunk, wide = self.sight.chunk, torch.promote_types(q.dtype, torch.float32)
+        n = (self.pos % chunk if chunk else self.pos).clamp(max=self.reach - 1) + 1
+        return q * factor(kind, n.to(wide), self.pos.to(wide), trained, learned, x).to(q.dtype)
 
-    def parts(self, encoding, layer, q, k, v, x):
+    def parts(self, encoding, layer, q, k, v, x, sink=None):
         """Queries q (B, H, T, D), and keys and values (B, H_kv, M, D) of the M tokens that entered the layer as
         x (B, M, C) -> [Pairs] over all keys of the past, rotated, as `attend` takes them.
 
@@ -244,7 +262,7 @@ class Call:
         if encoding.rotate_once:
             q, k = encoding.rotate(new)
         kept = self.past.append(layer, k=k, v=v, **state)
-        held = Pairs(q, kept.pop("k"), kept.pop("v"), i, j, self.seen, kept, own, self.reach)
+        held = Pairs(q, kept.pop("k"), kept.pop("v"), i, j, self.seen, kept, own, self.reach, sink)
         pairs = held if encoding.rotate_once else rotated(encoding, held)
         if self.watch is not None:
             self.watch(layer, encoding, new, pairs)

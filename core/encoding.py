@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import nearest, require
+from core.temper import BY_POSITION, TEMPERS
 
 ENCODINGS = {}  # name -> class
 
@@ -48,6 +49,7 @@ class Pairs:
     state: dict = field(default_factory=dict)  # name -> (B, H, S, any): what the encoding keeps for every key
     own: dict = field(default_factory=dict)  # name -> (B, H, T, any): what it keeps for the queries' own tokens
     length: int = 0  # tokens in sight, those to come included, for what is scaled to the context
+    sink: Tensor | None = None  # (H,) the logit of a key without a value, which every query sees besides
 
     def rows(self, begin, end, count):
         """The Pairs of queries begin ... end - 1 and the first `count` keys."""
@@ -57,7 +59,7 @@ class Pairs:
             None if self.seen is None else self.seen[begin:end, keys],
             {name: x[:, :, keys] for name, x in self.state.items()},
             {name: x[:, :, begin:end] for name, x in self.own.items()},
-            self.length,
+            self.length, self.sink,
         )  # fmt: skip
 
 
@@ -244,9 +246,12 @@ def along_heads(x, n):
     return x.view(-1, *[1] * n.dim())
 
 
+LAYER = (*Sight._fields, "temper")  # what a member of the flag may say of its layer
+
+
 def parse(spec):
     """'rope(base=5e5, window=32)' -> (RoPE, {'base': 5e5}, {'window': 32}): the class, its arguments, and those of its
-    layer, which are fields of Sight. All are literals, never evaluated; ValueError says what is off.
+    layer, which are in LAYER. All are literals, never evaluated; ValueError says what is off.
 
     A name or a call as an argument, such as randomized(inner=rope(base=5e5)), stays a string for the encoding to parse.
     """
@@ -272,15 +277,21 @@ def parse(spec):
             arguments[keyword.arg] = ast.unparse(keyword.value)
     cls = ENCODINGS[name]
     # rerope's window is its own, and no trained one.
-    layer = {key: arguments.pop(key) for key in Sight._fields if key in arguments and key not in cls.arguments}
-    for key, value in layer.items():
-        require(type(value) is int and 0 <= value < 1 << 62, f"{spec}: {key} must be a number of tokens, or 0 for all")
+    own = [key for key in LAYER if key in arguments and key not in cls.arguments]
+    layer = {key: arguments.pop(key) for key in own}
+    for key in layer.keys() & set(Sight._fields):
+        whole = type(layer[key]) is int and 0 <= layer[key] < 1 << 62
+        require(whole, f"{spec}: {key} must be a number of tokens, or 0 for all")
+    temper = layer.get("temper", "none")
+    require(temper in TEMPERS, f"{spec}: temper must be one of {', '.join(TEMPERS)}")
+    everywhere = not any(layer.get(key) for key in Sight._fields)
+    require(everywhere or temper not in BY_POSITION, f"{spec}: {temper} acts on layers without window or chunk alone")
     cls.checked(arguments)
     return cls, arguments, layer
 
 
 def written(cls, arguments, layer=None):
-    """What `parse` takes apart, as text again. A bound of 0 is none."""
+    """What `parse` takes apart, as text again. A bound of 0 is none, and is left out."""
     bounds = {key: value for key, value in (layer or {}).items() if value}
     listed = ", ".join(f"{key}={value!r}" for key, value in (arguments | bounds).items())
     return f"{cls.name}({listed})" if listed else cls.name
@@ -293,8 +304,15 @@ def members(spec):
 
 def sights(spec, n_layer):
     """The Sight of every layer under a value of the flag."""
-    each = [Sight(**parse(text)[2]) for text in members(spec)]
+    each = [parse(text)[2] for text in members(spec)]
+    each = [Sight(*(layer.get(key, 0) for key in Sight._fields)) for layer in each]
     return [each[layer % len(each)] for layer in range(n_layer)]
+
+
+def tempers(spec, n_layer, usual):
+    """The temper of every layer under a value of the flag: its member's, or else the `usual` one."""
+    each = [parse(text)[2] for text in members(spec)]
+    return [each[layer % len(each)].get("temper", usual) for layer in range(n_layer)]
 
 
 def every():

@@ -52,7 +52,7 @@ def orthogonalise(x, steps=5):
 
 def make(model, config, place):
     """AdamW, or Muon for the blocks' matrices and AdamW for all else. Nothing but those matrices decays."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    matrices = model.matrices()
     known = {id(p) for p in matrices}
     rest = {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0}
     rate, decay = config.learning_rate, config.weight_decay

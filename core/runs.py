@@ -206,6 +206,10 @@ def build(config, device="cpu", initial=True):
         raise UserError(str(error)) from None
 
 
+# Parameters of attention that begin where they change nothing, so that a run may add them to another's weights.
+NEUTRAL = ("temper", "qk_scale", "sink_logit", "gate", "conv_k", "conv_v")
+
+
 def load_weights(model, state, fresh=False, share=False):
     """Put a checkpoint's weights into the model, or with `share` the tensors themselves. Those of an encoding that the
     checkpoint was not trained with are missing there: a UserError, or with `fresh` they stay as they were drawn."""
@@ -214,7 +218,10 @@ def load_weights(model, state, fresh=False, share=False):
     if not posenc.derives(new, old):
         weights = {name: weight for name, weight in weights.items() if not name.startswith("posenc.")}
     if fresh:
-        weights = {name: weight for name, weight in initial.items() if name.startswith("posenc.")} | weights
+        new = ("posenc.", *(f".attn.{name}" for name in NEUTRAL))
+        weights = {
+            name: weight for name, weight in initial.items() if name.startswith(new[0]) or name.endswith(new[1:])
+        } | weights
     shapes = [{(name, weight.shape) for name, weight in held.items()} for held in (weights, initial)]
     wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
     if wrong and old != new and all(name.startswith("posenc.") for name in wrong):

@@ -1,5 +1,7 @@
 """Schedules over the layers: what each layer sees, in training as from a cache, and what the flag says of it."""
 
+import math
+
 import pytest
 import small
 import torch
@@ -8,6 +10,7 @@ from tiny import bound, sums
 import posenc
 from core.cache import Cache, Memory, Past, Slots
 from core.encoding import Sight
+from core.temper import TEMPERS
 from model import GPTConfig
 
 T = small.T
@@ -175,3 +178,151 @@ def test_an_encoding_with_a_window_of_its_own_is_not_laid_over_a_trained_one():
 def test_flops_count_the_keys_in_sight():
     free, narrow = (small.make(spec, n_layer=2).flops_per_token() for spec in ("rope", [f"rope(window={W})", "rope"]))
     assert free - narrow == 12 * 32 * (T - W)
+
+
+# Tempers, sinks, gates, convolutions.
+
+EVERYTHING = dict(sink_logit=True, gate="elementwise", short_conv=True, qk_norm=True, learn_qk_scale=True)
+FACTORS = {  # temper -> the factor of the i-th of the queries that sees n keys, T being the training length
+    "none": lambda n, i: 1.0,
+    "su": lambda n, i: max(1.0, math.log(n) / math.log(T)),
+    "llama4": lambda n, i: 1 + 0.1 * math.log(1 + (i + 1) // T),
+    "inkling": lambda n, i: 1 + 0.1 * math.log(max(1.0, (i + 1) / T)),
+}
+
+
+def shaken(model):
+    """The model with what its settings add drawn at random, so that all of it matters."""
+    for block in model.blocks:
+        for name in block.attn.first_values:
+            if (parameter := getattr(block.attn, name)) is not None:
+                torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def by_loops(model, tokens, first):
+    """Logits of a model of one layer without positions, in plain loops. first(i): the first key that query i sees."""
+    attn, config, block = model.blocks[0].attn, model.config, model.blocks[0]
+    H, D, groups = config.n_head, config.n_embd // config.n_head, config.n_head // config.kv_heads
+    embedded = model.token_norm(model.token(tokens))[0]
+    x = block.attn_norm(embedded)
+    q, k, v = attn.qkv(x).split((H * D, config.kv_heads * D, config.kv_heads * D), dim=-1)
+    rows = []
+    for i in range(len(x)):
+        heads = []
+        for h in range(H):
+            g = h // groups
+
+            def mixed(kind, x, j, g=g):
+                total = x[j, g * D : (g + 1) * D].clone()
+                for m in range(4):
+                    if config.short_conv and j - m >= 0:
+                        total += x[j - m, g * D : (g + 1) * D] * getattr(attn, kind)[m, g, 0]
+                return total
+
+            def unit(x):
+                return x / (x.square().mean() + torch.finfo(x.dtype).eps).sqrt() if config.qk_norm else x
+
+            query, keys = unit(q[i, h * D : (h + 1) * D]), range(first(i), i + 1)
+            temper, n = attn.temper_kind, len(keys)
+            if temper == "ssmax":
+                factor = attn.temper[h].item() * math.log(n)
+            elif temper == "adaptive":
+                a, b = (attn.temper[row] @ x[i] for row in (h, H + h))
+                factor = (1 + math.log1p(math.exp(a)) * math.log(n + 1) ** (2 * math.tanh(b))) / (1 + math.log(2))
+            else:  # Those by position leave layers with a window alone.
+                factor = FACTORS["none" if temper in ("llama4", "inkling") and first(T) else temper](n, i)
+            scale = factor * (attn.qk_scale[h].item() if config.learn_qk_scale else config.qk_scale)
+            logits = [scale * (query @ unit(mixed("conv_k", k, j))).item() / math.sqrt(D) for j in keys]
+            sink = math.exp(attn.sink_logit[h].item()) if config.sink_logit else 0.0
+            total = sum(map(math.exp, logits)) + sink
+            y = sum(math.exp(s) / total * mixed("conv_v", v, j) for s, j in zip(logits, keys, strict=True))
+            if config.gate == "elementwise":
+                y = y * 2 / (1 + (-(attn.gate[h * D : (h + 1) * D] @ x[i])).exp())
+            elif config.gate == "head":
+                y = y * 2 / (1 + math.exp(-(attn.gate[h] @ x[i])))
+            elif config.gate == "softplus":
+                y = y * math.log1p(math.exp(attn.gate[h] @ x[i])) / math.log(2)
+            heads.append(y)
+        rows.append(attn.proj(torch.cat(heads)))
+    y = embedded + torch.stack(rows)
+    return model.head(model.norm(y + block.ff(block.ff_norm(y))))
+
+
+SIGHTS = {
+    "none": lambda i: 0,
+    f"none(window={W})": lambda i: max(0, i - W + 1),
+    f"none(chunk={W})": lambda i: i - i % W,
+}
+ADDED = [
+    *({"temper": temper} for temper in TEMPERS),
+    *({"gate": gate} for gate in ("elementwise", "head", "softplus")),
+    {"sink_logit": True},
+    {"short_conv": True},
+    {"qk_norm": True, "qk_scale": 1.2},
+    {"learn_qk_scale": True},
+    {"temper": "ssmax"} | EVERYTHING,
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", ADDED, ids=str)
+@pytest.mark.parametrize("spec", SIGHTS)
+def test_attention_is_what_plain_loops_compute(settings, spec):
+    model, tokens = shaken(small.make(spec, n_layer=1, **settings)), torch.randint(50, (1, T + 5))
+    assert close(model(tokens)[0], by_loops(model, tokens, SIGHTS[spec]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temper", ["none", "ssmax", "adaptive"])
+@pytest.mark.parametrize(
+    "spec", [["rope", f"alibi(window={W})"], ["cope", f"shaw(chunk={W})"], [f"rope(window={W})", "none"]], ids=str
+)
+def test_all_of_it_together_is_the_same_from_a_cache(spec, temper):
+    model, tokens = shaken(make(spec, temper=temper, **EVERYTHING)), torch.randint(50, (2, 3 * T))
+    full = model(tokens)
+    for size in (1, 7):
+        assert close(cached(model, tokens, size)[0], full)
+    cache = Cache(total=3 * T)
+    model(tokens[:, : 2 * T], past=cache)
+    slots = Slots(cache)
+    for index in range(2 * T, 3 * T):
+        assert close(model(tokens[:, index : index + 1], past=slots, pos=torch.tensor([index]))[:, 0], full[:, index])
+
+
+@pytest.mark.parametrize("spec", ["none", "alibi", "cope", f"rope(window={W})"])
+def test_a_sink_of_minus_infinity_and_a_gate_of_one_are_none(spec):
+    tokens = torch.randint(50, (2, 2 * T))
+    plain, model = (small.make(spec, **settings) for settings in ({}, {"sink_logit": True, "gate": "head"}))
+    for block in model.blocks:
+        torch.nn.init.constant_(block.attn.sink_logit, -math.inf)
+    logits = model(tokens)
+    assert close(logits, plain(tokens))
+    logits.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_what_starts_neutral_changes_nothing():
+    tokens = torch.randint(50, (2, 2 * T))
+    plain = small.make()(tokens)
+    for settings in ({"gate": "elementwise"}, {"gate": "softplus"}, {"short_conv": True}, {"learn_qk_scale": True}):
+        assert close(small.make(**settings)(tokens), plain)
+    assert not close(small.make(sink_logit=True)(tokens), plain)
+
+
+def test_muon_gets_whole_matrices_alone():
+    model = small.make(temper="adaptive", **EVERYTHING)
+    ours = {name for name, p in model.blocks.named_parameters() if any(p is matrix for matrix in model.matrices())}
+    assert {name.removeprefix("0.") for name in ours if name.startswith("0.")} == {
+        "attn.gate", "attn.qkv.weight", "attn.proj.weight", "ff.fc.weight", "ff.proj.weight"}  # fmt: skip
+    heads = small.make(gate="head")
+    assert not any(p is heads.blocks[0].attn.gate for p in heads.matrices())
+
+
+def test_a_member_names_its_temper():
+    model = make(['rope(window=4, temper="su")', 'none(temper="ssmax")', "alibi"], temper="inkling")
+    assert [block.attn.temper_kind for block in model.blocks] == ["su", "ssmax", "inkling"]
+    assert posenc.merge('none(temper="ssmax")', "none(window=3)") == "none(temper='ssmax', window=3)"
+    for spec, said in (('rope(temper="x")', "temper must be"), ('rope(window=3, temper="llama4")', "without window")):
+        with pytest.raises(ValueError, match=said):
+            posenc.parse(spec)
