@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import posenc
-from core import temper as tempers
+from core import additions
 from core.attention import attend
 from core.cache import Cache, Call, Memory, Past, Slots, pieces
 from core.errors import require
@@ -80,21 +80,14 @@ class GPTConfig:
     @property
     def sizes(self):
         """The sizes that every positional encoding is told."""
-        head_dim = self.n_embd // self.n_head
         return dict(
-            n_embd=self.n_embd,
-            n_head=self.n_head,
-            n_kv_head=self.kv_heads,
-            head_dim=head_dim,
+            n_embd=self.n_embd, n_head=self.n_head, n_kv_head=self.kv_heads, head_dim=self.n_embd // self.n_head,
             train_length=self.original_length or self.train_length,
-        )
+        )  # fmt: skip
 
 
 class Attention(nn.Module):
-    """Attention of one layer. What the settings add to it starts where it changes nothing, but for a sink, which starts
-    as one more key with a logit of 0."""
-
-    def __init__(self, config, layer, kind="none"):
+    def __init__(self, config, layer, temper="none"):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.kv_heads
         self.head_dim, self.qk_norm, self.dropout = config.n_embd // config.n_head, config.qk_norm, config.dropout
@@ -102,19 +95,11 @@ class Attention(nn.Module):
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         self.qkv = nn.Linear(config.n_embd, width, bias=bool(config.bias))
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias in (True, "attention"))
-        self.temper_kind, self.gate_kind, self.fixed_scale = kind, config.gate, config.qk_scale
-        H, C, mixer = self.n_head, config.n_embd, (MIXED, self.n_kv_head, 1, self.head_dim)
-        own = {  # name -> (its shape, or None for none, first value)
-            "temper": (tempers.shape(kind, C, H), tempers.first_value(kind, self.train_length)),
-            "qk_scale": ((H, 1, 1) if config.learn_qk_scale else None, config.qk_scale),
-            "sink_logit": ((H,) if config.sink_logit else None, 0.0),
-            "gate": ({"none": None, "elementwise": (C, C)}.get(config.gate, (H, C)), 0.0),
-            "conv_k": (mixer if config.short_conv else None, 0.0),
-            "conv_v": (mixer if config.short_conv else None, 0.0),
-        }
-        self.first_values = {name: value for name, (_, value) in own.items()}
-        for name, (shape, _) in own.items():
+        self.temper_kind, self.gate_kind, self.fixed_scale = temper, config.gate, config.qk_scale
+        added = additions.parameters(config, temper, self.train_length)
+        for name, (shape, _) in added.items():
             self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape)))
+        self.first_values = {name: value for name, (_, value) in added.items()}
 
     def forward(self, x, encoding, call):
         """x (B, M, C) -> (B, T, C): the call's T tokens, which are the last of M where a memory lies before them."""
@@ -124,7 +109,8 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         q, x_now = q[:, :, M - T :], x[:, M - T :]
         if self.conv_k is not None:
-            k, v = self.mixed(k, v, call)
+            before = call.past.recent(self.layer, additions.MIXED - 1, k=k, v=v)
+            k, v = additions.mixed(k, before["k"], self.conv_k), additions.mixed(v, before["v"], self.conv_v)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if self.qk_scale is not None or self.fixed_scale != 1:
@@ -133,28 +119,8 @@ class Attention(nn.Module):
         parts = call.parts(encoding, self.layer, q, k, v, x, self.sink_logit)
         y = attend(encoding, parts, self.dropout if self.training else 0.0)  # (B, H, T, D)
         if self.gate is not None:
-            y = y * gated(self.gate_kind, F.linear(x_now, self.gate), self.n_head).to(y.dtype)
+            y = additions.gated(y, self.gate_kind, F.linear(x_now, self.gate))
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
-
-    def mixed(self, k, v, call):
-        """Keys and values (B, H_kv, M, D), to each of which the last MIXED tokens' are added, times learned weights."""
-        before, M = call.past.recent(self.layer, MIXED - 1, k=k, v=v), k.shape[2]
-
-        def mix(x, earlier, weight):
-            wide = torch.cat((earlier, x), dim=2)
-            shifted = [wide[:, :, MIXED - 1 - m : MIXED - 1 - m + M] for m in range(MIXED)]  # m tokens before
-            return x + sum(part * weight[m].to(x.dtype) for m, part in enumerate(shifted))
-
-        return mix(k, before["k"], self.conv_k), mix(v, before["v"], self.conv_v)
-
-
-MIXED = 4  # tokens in a short convolution, a key's own among them
-
-
-def gated(kind, x, n_head):
-    """The gate's logits, x (B, T, C) or (B, T, H) -> factors (B, H, T, D) or (B, H, T, 1), of 1 for logits of 0."""
-    x = x.view(*x.shape[:2], n_head, -1).transpose(1, 2)
-    return F.softplus(x) / math.log(2) if kind == "softplus" else 2 * torch.sigmoid(x)
 
 
 ACTIVATIONS = {
@@ -210,8 +176,8 @@ class GPT(nn.Module):
         self.token = nn.Embedding(config.vocab_size, config.n_embd)
         self.token_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
-        kinds = enumerate(posenc.tempers(config.posenc, config.n_layer, config.temper))
-        self.blocks = nn.ModuleList(Block(config, layer, temper) for layer, temper in kinds)
+        tempers = enumerate(posenc.tempers(config.posenc, config.n_layer, config.temper))
+        self.blocks = nn.ModuleList(Block(config, layer, temper) for layer, temper in tempers)
         self.posenc = nn.ModuleList(posenc.build(config.posenc, config.n_layer, **config.sizes))
         sights = posenc.sights(config.posenc, config.n_layer)
         self.sights = list(dict.fromkeys(sights))  # the different ones
@@ -286,13 +252,6 @@ class GPT(nn.Module):
         memory, inputs = Memory(), tokens.chunk(count, dim=1)
         wanted = [None] * count if targets is None else targets.chunk(count, dim=1)
         return torch.cat([self(x, y, memory, watch=watch) for x, y in zip(inputs, wanted, strict=True)], dim=1)
-
-    def matrices(self):
-        """The parameters that Muon and weight decay are for: the blocks' matrices that multiply whole tokens. What is
-        small or per head (tempers, gates of heads, convolutions, sinks) is not among them, whatever its shape."""
-        named = self.blocks.named_parameters()
-        whole = [".weight", *([".gate"] if self.config.gate == "elementwise" else [])]
-        return [p for name, p in named if p.dim() == 2 and name.endswith(tuple(whole))]
 
     def redraw(self, length, seed):
         """Before a training step on windows of `length` tokens: encodings with random positions draw them anew."""

@@ -210,6 +210,11 @@ class RoPE(Encoding):
 
     yarn and longrope take another factor on cos and sin from attention_factor. dynamic and longrope change with the
     length of the context, so the cache then holds keys unrotated.
+
+    What is slow can also be taken out, after any scaling: `cut` c stops all pairs whose turn takes more than c tokens,
+    for c = T those that never showed a whole turn; `clip` fades the last pairs, that share of all, to 0 along a cosine,
+    which its authors call CoPE (Li et al. 2026, .31 there). `values` turns values as keys, and what attention returns
+    back by the query's angle, so that values are relative too (DeepSeek V4's code).
     """
 
     name = "rope"
@@ -217,11 +222,11 @@ class RoPE(Encoding):
         "base": 10000.0, "fraction": 1.0, "dims": 0,
         "scaling": ("none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"), "factor": 8.0,
         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "short_factor": [], "long_factor": [], "attention_factor": 0.0,
+        "short_factor": [], "long_factor": [], "attention_factor": 0.0, "cut": 0, "clip": 0.0, "values": False,
     }  # fmt: skip
     shared = True
     relative = True
-    variants = ("rope(fraction=0.75)", "rope(dims=8)")
+    variants = ("rope(fraction=0.75)", "rope(dims=8)", "rope(values=True)")
     stretches = (
         'rope(scaling="linear")', 'rope(scaling="ntk")', 'rope(scaling="dynamic", factor=1)', 'rope(scaling="yarn")',
         'rope(scaling="llama3")', "rerope", "self_extend",
@@ -247,14 +252,26 @@ class RoPE(Encoding):
                 factors = getattr(self, key)
                 self.require(len(factors) == self.dims // 2, form)
                 self.require(all(type(x) in (int, float) and x > 0 for x in factors), form)
+        self.require(self.cut >= 0, f"cut must be a number of tokens, or 0 for none, not {self.cut}")
+        self.require(0 <= self.clip <= 1, f"clip must lie in 0 ... 1, not {self.clip}")
         self.rotate_once = self.scaling not in ("dynamic", "longrope")
+        self.turns_values = self.__dict__.pop("values")  # The argument would hide the hook of that name.
+        fits = self.rotate_once or not self.turns_values
+        self.require(fits, f"values that turn need a scaling other than {self.scaling}")
 
     def rotate(self, pairs):
         return self.turn(pairs.q, pairs.i, pairs.length), self.turn(pairs.k, pairs.j, pairs.length)
 
-    def turn(self, x, pos, length=0):
+    def turn_values(self, v, pos, back=False):
+        return self.turn(v, pos, back=back, magnify=False)
+
+    def turn(self, x, pos, length=0, back=False, magnify=True):
+        """x (B, H, T, D) at positions pos (T,), turned by their angles, or `back` by these. magnify: with the scaling's
+        factor on cos and sin."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = self.once((pos, dtype, length), lambda: self.table(pos, dtype, length))  # (T, dims/2) each
+        key = (pos, dtype, length, magnify)
+        cos, sin = self.once(key, lambda: self.table(pos, dtype, length, magnify))  # (T, dims/2) each
+        sin = -sin if back else sin
         a, b, rest = x.to(dtype).split((self.dims // 2, self.dims // 2, self.head_dim - self.dims), dim=-1)
         turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
         return torch.cat((*turned, rest), dim=-1).to(x.dtype)
@@ -263,12 +280,19 @@ class RoPE(Encoding):
         """Frequencies (dims/2,) in a context of `length` tokens, 0 for pairs that stay; and the factor on cos, sin."""
         frequency = frequencies(self.dims, self.base, dtype, device)
         frequency, magnitude = getattr(self, f"by_{self.scaling}")(frequency, max(length, self.train_length))
-        turning = torch.arange(self.dims // 2, device=device) < int(self.fraction * self.dims / 2)
+        pairs = torch.arange(self.dims // 2, device=device, dtype=dtype)
+        turning = pairs < int(self.fraction * self.dims / 2)
+        if self.cut:
+            turning = turning & (frequency * self.cut >= 2 * math.pi)
+        if faded := round(self.clip * self.dims / 2):
+            k = (pairs - (self.dims // 2 - faded)).clamp(min=0)  # 0, ..., 0, 1, ... faded - 1
+            frequency = frequency * (1 + torch.cos(math.pi * k / max(1, faded - 1))) / 2
         return frequency * turning, magnitude
 
-    def table(self, pos, dtype, length):
+    def table(self, pos, dtype, length, magnify=True):
         frequency, magnitude = self.frequency(length, dtype, pos.device)
         angle = pos[:, None].to(dtype) * frequency
+        magnitude = magnitude if magnify else 1.0
         return angle.cos() * magnitude, angle.sin() * magnitude
 
     # The scalings: frequencies (dims/2,), length of the context -> scaled frequencies, factor on cos and sin.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from core.encoding import turned_back
 from core.place import no_compiler
 
 CHUNK = 256  # queries whose logits are computed at once; beyond it, the backward pass computes them anew
@@ -92,7 +93,7 @@ def fused(encoding, parts, dropout=0.0, bias=None):
         # The kernel's own triangle begins at the top left: right for T = S. One query over all keys needs no mask.
         is_causal=bias is None and T > 1, scale=D**-0.5, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    return y if pairs.sink is None else y[:, :, -T:, :D]
+    return turned_back(encoding, y if pairs.sink is None else y[:, :, -T:, :D], pairs.i)
 
 
 def with_sink(sink, q, k, v, bias):
@@ -146,11 +147,12 @@ def flex(encoding, parts, dropout=0.0):
         attention, blocks = flex_attention, triangle(T, device)
     else:
         attention, blocks = compiled_flex(), kept_triangle(T, device, torch.is_inference_mode_enabled())
-    return attention(
+    y = attention(
         pairs.q, pairs.k, pairs.v, scale=pairs.v.shape[-1] ** -0.5, block_mask=blocks,
         enable_gqa=pairs.q.shape[1] != pairs.k.shape[1],
         score_mod=lambda score, b, h, i, j: score + table[h, (i - j).abs()],  # later keys take any entry, unseen
     )  # fmt: skip
+    return turned_back(encoding, y, pairs.i)
 
 
 def attend(encoding, parts, dropout=0.0):

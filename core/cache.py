@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from core.additions import BY_POSITION, factor
 from core.attention import visible
 from core.encoding import Pairs, Sight
 from core.errors import require
-from core.temper import BY_POSITION, factor
 
 WHOLE, PIECE = 1 << 14, 512  # tokens that enter an empty cache at once, and one that holds some
 
@@ -261,6 +261,7 @@ class Call:
         new = Pairs(q, k, v, i, i if k.shape[2] == len(i) else j, None, state, own, self.reach)
         if encoding.rotate_once:
             q, k = encoding.rotate(new)
+        v = encoding.turn_values(v, new.j) if encoding.turns_values else v
         kept = self.past.append(layer, k=k, v=v, **state)
         held = Pairs(q, kept.pop("k"), kept.pop("v"), i, j, self.seen, kept, own, self.reach, sink)
         pairs = held if encoding.rotate_once else rotated(encoding, held)

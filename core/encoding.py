@@ -10,6 +10,7 @@ that overrides the hooks it needs:
     bias(i, j)               (T,), (S,) -> (H, T, S)  added to the logits where i and j themselves matter
     logits(pairs)            -> (B, H, T, S)          all of the logits, where the content matters too
     values(weights, pairs)   -> (B, H, T, D)          the output of attention, from its weights
+    turn_values(v, pos)      -> (B, H, T, D)          values, transformed, and the output of attention, turned back
 
 Two rules prevent most bugs. Positions are explicit int64 tensors: nothing here derives a position from a shape, so a
 cache, a shifted window or a random position needs no special case. Angles, distances and biases are computed in float32
@@ -30,8 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from core.additions import BY_POSITION, TEMPERS
 from core.errors import nearest, require
-from core.temper import BY_POSITION, TEMPERS
 
 ENCODINGS = {}  # name -> class
 
@@ -89,6 +90,7 @@ class Encoding(nn.Module):
     # Logits do not change when all positions shift by the same amount: it may have segments, and sinks near a window.
     relative = False
     positionless = False  # no hook reads a position, as order enters through the causal mask or the content alone
+    turns_values = False  # `turn_values` is to be called
     rotate_once = True  # a rotated key stays true as the context grows, so the cache holds it rotated
     chunk = math.inf  # the most queries that a CPU computes at once; lower it where logits cost much memory
     max_length = math.inf  # positions that exist are 0 ... max_length - 1
@@ -197,7 +199,12 @@ class Encoding(nn.Module):
     def values(self, weights, pairs):
         """weights (B, H, T, S), Pairs -> (B, H, T, D), the output of attention. Whoever overrides it gives up the fused
         kernel."""
-        return weights @ pairs.v
+        return turned_back(self, weights @ pairs.v, pairs.i)
+
+    def turn_values(self, v, pos, back=False):
+        """Values (B, H_kv, S, D) at positions pos (S,), transformed as they enter the cache; or `back`, the output of
+        attention (B, H, T, D) at the queries' positions. Called where `turns_values` is set."""
+        return v
 
     def require(self, condition, message):
         if not condition:
@@ -234,6 +241,11 @@ class Encoding(nn.Module):
             return x.to(y.device, torch.float32) if y.dtype in (torch.bfloat16, torch.float16) else y
 
         return super()._apply(keep, recurse)
+
+
+def turned_back(encoding, y, pos):
+    """Attention's output y (B, H, T, D) at the queries' positions (T,), turned back if the encoding turns values."""
+    return encoding.turn_values(y, pos, back=True) if encoding.turns_values else y
 
 
 def distances(i, j):
@@ -352,7 +364,9 @@ def merge(spec, override):
     """`override` laid over `spec`: arguments given again for an encoding, or one that derives from it, replace its own,
     the others stay. In a list over the layers that is done for the members of that encoding, where there are any."""
     if not isinstance(override, str):
-        return [merge(member, member) for member in override]  # which parses and checks each of them
+        same = not isinstance(spec, str) and len(spec) == len(override)  # then it is laid over it member by member
+        pairs = zip(spec, override, strict=True) if same else [(member, member) for member in override]
+        return [merge(old, new) if new else old for old, new in pairs]  # which parses and checks each of them
     if not isinstance(spec, str):
         ours = [derives(override, member) for member in spec]
         return [merge(m, override) if own else m for m, own in zip(spec, ours, strict=True)] if any(ours) else override

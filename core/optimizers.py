@@ -50,9 +50,16 @@ def orthogonalise(x, steps=5):
     return x.mT if tall else x
 
 
+def whole_matrices(model):
+    """The blocks' matrices that multiply whole tokens. What is small or per head (tempers, gates of heads, sinks,
+    convolutions) is not among them, whatever its shape."""
+    names = (".weight", ".gate") if model.config.gate == "elementwise" else ".weight"
+    return [p for name, p in model.blocks.named_parameters() if p.dim() == 2 and name.endswith(names)]
+
+
 def make(model, config, place):
     """AdamW, or Muon for the blocks' matrices and AdamW for all else. Nothing but those matrices decays."""
-    matrices = model.matrices()
+    matrices = whole_matrices(model)
     known = {id(p) for p in matrices}
     rest = {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0}
     rate, decay = config.learning_rate, config.weight_decay

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import time
 import warnings
@@ -218,10 +219,8 @@ def load_weights(model, state, fresh=False, share=False):
     if not posenc.derives(new, old):
         weights = {name: weight for name, weight in weights.items() if not name.startswith("posenc.")}
     if fresh:
-        new = ("posenc.", *(f".attn.{name}" for name in NEUTRAL))
-        weights = {
-            name: weight for name, weight in initial.items() if name.startswith(new[0]) or name.endswith(new[1:])
-        } | weights
+        # The weights of encodings, and what settings add to attention: blocks.L.attn.gate, say.
+        weights = {name: x for name, x in initial.items() if re.match(r"posenc\.|.*\.attn\.\w+$", name)} | weights
     shapes = [{(name, weight.shape) for name, weight in held.items()} for held in (weights, initial)]
     wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
     if wrong and old != new and all(name.startswith("posenc.") for name in wrong):

@@ -10,7 +10,7 @@ import pytest
 from tiny import ENV, ROOT
 
 # A module, or a folder's modules with a star -> what it may import of ours, by the same names.
-LEAVES = {"core.errors", "core.start", "core.files", "core.temper"}
+LEAVES = {"core.errors", "core.start", "core.files", "core.additions"}
 ENCODINGS = {"core.encoding", "posenc", "zoo.*"}
 PLACES = {"core.place", "core.report"}
 MODEL = LEAVES | ENCODINGS | PLACES | {"core.attention", "core.cache", "core.norms", "model"}
@@ -19,10 +19,10 @@ RUNS = SETTINGS | {"data", "data.*", "core.runs", "core.measure"}
 MAY_IMPORT = {
     "core.errors": set(),
     "core.start": set(),
-    "core.temper": set(),
+    "core.additions": set(),
     "core.files": set(),
     "core.flags": {"core.errors"},
-    "core.encoding": {"core.errors", "core.temper"},
+    "core.encoding": {"core.errors", "core.additions"},
     "posenc": {"core.encoding"},
     "zoo": set(),
     "zoo.*": ENCODINGS,
@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "core.optimizers": {"core.errors"},
     "core.attention": {"core.place", "core.encoding"},
     "core.norms": set(),
-    "core.cache": {"core.attention", "core.place", "core.encoding", "core.errors", "core.temper"},
-    "model": {"posenc", "core.attention", "core.cache", "core.norms", "core.errors", "core.temper"},
+    "core.cache": {"core.attention", "core.place", "core.encoding", "core.errors", "core.additions"},
+    "model": {"posenc", "core.attention", "core.cache", "core.norms", "core.errors", "core.additions"},
     "core.settings": {"model", "posenc", "core.flags", "core.errors"},
     "data": {"data.*", "core.errors", "core.files", "core.flags"},  # never the model
     "data.*": {"data", "data.*", "core.errors", "core.files", "core.flags"},

@@ -8,9 +8,10 @@ import torch
 from tiny import bound, sums
 
 import posenc
+from core.additions import TEMPERS
 from core.cache import Cache, Memory, Past, Slots
 from core.encoding import Sight
-from core.temper import TEMPERS
+from core.optimizers import whole_matrices
 from model import GPTConfig
 
 T = small.T
@@ -312,11 +313,11 @@ def test_what_starts_neutral_changes_nothing():
 
 def test_muon_gets_whole_matrices_alone():
     model = small.make(temper="adaptive", **EVERYTHING)
-    ours = {name for name, p in model.blocks.named_parameters() if any(p is matrix for matrix in model.matrices())}
+    ours = {name for name, p in model.blocks.named_parameters() if any(p is matrix for matrix in whole_matrices(model))}
     assert {name.removeprefix("0.") for name in ours if name.startswith("0.")} == {
         "attn.gate", "attn.qkv.weight", "attn.proj.weight", "ff.fc.weight", "ff.proj.weight"}  # fmt: skip
     heads = small.make(gate="head")
-    assert not any(p is heads.blocks[0].attn.gate for p in heads.matrices())
+    assert not any(p is heads.blocks[0].attn.gate for p in whole_matrices(heads))
 
 
 def test_a_member_names_its_temper():
@@ -326,3 +327,55 @@ def test_a_member_names_its_temper():
     for spec, said in (('rope(temper="x")', "temper must be"), ('rope(window=3, temper="llama4")', "without window")):
         with pytest.raises(ValueError, match=said):
             posenc.parse(spec)
+
+
+# What RoPE learned since.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", ["", ", window=5"])
+def test_values_that_turn_are_relative_too(window):
+    model, tokens = small.make(f"rope(values=True{window})", n_layer=1, n_head=2), torch.randint(50, (1, T))
+    attn, encoding, block = model.blocks[0].attn, model.posenc[0], model.blocks[0]
+    embedded = model.token_norm(model.token(tokens))[0]
+    q, k, v = (part.view(T, -1, 16) for part in attn.qkv(block.attn_norm(embedded)).split((32, 32, 32), dim=-1))
+
+    def turned(x, by):
+        angles = [by * 10000 ** (-2 * m / 16) for m in range(8)]
+        cos, sin = (torch.tensor([f(angle) for angle in angles], dtype=x.dtype) for f in (math.cos, math.sin))
+        return torch.cat((x[:8] * cos - x[8:] * sin, x[8:] * cos + x[:8] * sin))
+
+    rows = []
+    for i in range(T):
+        keys, heads = range(max(0, i - 4) if window else 0, i + 1), []
+        for h in range(2):
+            weights = torch.stack([turned(q[i, h], i - j) @ k[j, h] / 4 for j in keys]).softmax(-1)
+            heads.append(sum(w * turned(v[j, h], j - i) for w, j in zip(weights, keys, strict=True)))
+        rows.append(attn.proj(torch.cat(heads)))
+    y = embedded + torch.stack(rows)
+    assert encoding.relative and close(model(tokens)[0], model.head(model.norm(y + block.ff(block.ff_norm(y)))))
+
+
+@torch.no_grad()
+def test_values_that_turn_are_the_same_from_a_cache_and_near_sinks():
+    model, tokens = small.make(["rope(values=True)", "alibi"]), torch.randint(50, (2, 4 * T))
+    assert close(cached(model, tokens, 7)[0], model(tokens))
+    assert close(cached(model, tokens, 7, window=T, sinks=2)[0], model(tokens, past=Past(T, 2)))
+
+
+def test_cut_stops_what_takes_too_long_and_clip_fades_the_last_pairs():
+    sizes = dict(n_embd=64, n_head=1, n_kv_head=1, head_dim=64, train_length=128, n_layer=1)
+    of = lambda spec: posenc.build(spec, **sizes)[0].frequency(128, torch.float64)[0]  # noqa: E731
+    free, cut, clip = of("rope"), of("rope(cut=128)"), of("rope(clip=0.25)")
+    turn_in_time = [2 * math.pi / w <= 128 for w in free.tolist()]
+    assert 0 < sum(turn_in_time) < 32
+    assert torch.equal(cut, free * torch.tensor(turn_in_time))
+    assert torch.equal(of("rope(cut=10000000)"), free) and torch.equal(clip[:24], free[:24])
+    faded = [(1 + math.cos(math.pi * k / 7)) / 2 for k in range(8)]
+    assert (clip[24:] / free[24:]).tolist() == pytest.approx(faded, abs=bound(torch.float64, 4))
+
+
+def test_a_list_of_the_same_length_is_laid_over_member_by_member():
+    spec = ["rope(window=8)", "rope(window=8)", "none"]
+    assert posenc.merge(spec, ["", 'rope(scaling="yarn")', ""]) == [spec[0], "rope(scaling='yarn', window=8)", "none"]
+    assert posenc.merge(spec, ["rope", "alibi"]) == ["rope", "alibi"]

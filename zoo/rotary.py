@@ -68,6 +68,7 @@ class ReRoPE(RoPE):
     def setup(self):
         super().setup()
         self.require(self.rotate_once, f"{self.scaling} changes with the context, which {self.name} makes unnecessary")
+        self.require(not self.turns_values, f"{self.name} turns no values")
         self.require(self.window >= 0, f"window must not be negative, is {self.window}")
         self.require(self.leak == 0 or self.leak >= 1, f"leak must be 0 (for infinity) or at least 1, not {self.leak}")
         self.window = self.window or max(1, self.train_length // 2)
