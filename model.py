@@ -117,10 +117,10 @@ class Attention(nn.Module):
             q = q * (self.fixed_scale if self.qk_scale is None else self.qk_scale.to(q.dtype))
         q = call.temper(q, self.temper_kind, self.train_length, self.temper, x_now)
         parts = call.parts(encoding, self.layer, q, k, v, x, self.sink_logit)
-        y = attend(encoding, parts, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = attend(encoding, parts, self.dropout if self.training else 0.0).transpose(1, 2)  # (B, T, H, D)
         if self.gate is not None:
             y = additions.gated(y, self.gate_kind, F.linear(x_now, self.gate))
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.reshape(B, T, C))
 
 
 ACTIVATIONS = {
@@ -180,8 +180,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, temper) for layer, temper in tempers)
         self.posenc = nn.ModuleList(posenc.build(config.posenc, config.n_layer, **config.sizes))
         sights = posenc.sights(config.posenc, config.n_layer)
-        self.sights = list(dict.fromkeys(sights))  # the different ones
-        self.sight_of = [self.sights.index(sight) for sight in sights]  # of every layer
+        self.trained_sights = list(dict.fromkeys(sights))  # the different ones
+        self.sight_of = [self.trained_sights.index(sight) for sight in sights]  # of every layer
+        self.narrow(1.0)
         self.norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -252,6 +253,10 @@ class GPT(nn.Module):
         memory, inputs = Memory(), tokens.chunk(count, dim=1)
         wanted = [None] * count if targets is None else targets.chunk(count, dim=1)
         return torch.cat([self(x, y, memory, watch=watch) for x, y in zip(inputs, wanted, strict=True)], dim=1)
+
+    def narrow(self, factor):
+        """Multiply the windows of all layers by a factor <= 1, until the next call. Training may let them grow."""
+        self.sights = [sight.times(factor) for sight in self.trained_sights]
 
     def redraw(self, length, seed):
         """Before a training step on windows of `length` tokens: encodings with random positions draw them anew."""

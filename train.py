@@ -133,6 +133,7 @@ def one_step(training):
     # Dropout and random positions are drawn from (seed, step) as well, so that a resumed run draws the same.
     torch.manual_seed(derive_seed(config.seed, step, place.rank))
     model.redraw(length, derive_seed(config.seed, step))
+    model.narrow(config.window_factor(step))
     model.train()
 
     # Forward and backward, one micro-batch after the other: gradients add up. Processes exchange them in the last
@@ -262,6 +263,7 @@ def tell(training, log, loss, norm, steps, seconds):
 def validate(training, log, windows, token_bytes, rows):
     """Measure the loss of `windows`, `rows` at a time, and keep the weights if it is the lowest so far."""
     training.model.eval()
+    training.model.narrow(1.0)  # as it will be read
     val_loss, val_bpb = validation_loss(training.model, windows, token_bytes, training.place, rows)
     log.write(step=training.step, val_loss=val_loss, val_bpb=val_bpb)
     log.say(f"step {training.step}: validation loss {val_loss:.4f}, {val_bpb:.4f} bits per byte")

@@ -67,9 +67,9 @@ def factor(kind, n, i, trained, learned=None, x=None):
 
 
 def gated(y, kind, logits):
-    """Attention's output y (B, H, T, D) times the gate of logits (B, T, C), or (B, T, H) for one factor a head. A logit
+    """Attention's output y (B, T, H, D) times the gate of logits (B, T, C), or (B, T, H) for one factor a head. A logit
     of 0 makes a factor of 1: twice a sigmoid (Qiu et al. 2025), or a softplus over ln 2."""
-    logits = logits.view(*logits.shape[:2], y.shape[1], -1).transpose(1, 2)
+    logits = logits.view(*y.shape[:3], -1)
     factor = F.softplus(logits) / math.log(2) if kind == "softplus" else 2 * torch.sigmoid(logits)
     return y * factor.to(y.dtype)
 

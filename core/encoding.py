@@ -75,6 +75,10 @@ class Sight(NamedTuple):
         """The most keys that a query can see, or 0 where there is no bound."""
         return min(filter(None, self), default=0)
 
+    def times(self, factor):
+        """The Sight with all bounds multiplied by a factor <= 1, and rounded."""
+        return self._replace(**{key: max(1, round(bound * factor)) for key, bound in self._asdict().items() if bound})
+
 
 class Encoding(nn.Module):
     """Base class: every hook does nothing. A subclass registers itself under its `name`.

@@ -31,6 +31,7 @@ class Config(GPTConfig):
     batch_size: int = 32  # sequences of train_length in a step, over all processes
     micro_batch_size: int = 0  # sequences a process computes at once (gradients accumulate); 0 means its whole share
     length_schedule: dict = field(default_factory=dict)  # {share of the run: length}, at constant tokens a step
+    window_schedule: dict = field(default_factory=dict)  # {share of the run: factor on the layers' windows}, up to 1
     segments: int = 1  # windows of so many times T, read T by T over a memory of the T tokens before (Transformer-XL)
     optimizer: Literal["muon", "adamw"] = "muon"  # muon is for the blocks' matrices, with adamw for all else
     learning_rate: float = 6e-3  # at its peak; muon's updates are scaled to adamw's size
@@ -73,13 +74,17 @@ class Config(GPTConfig):
         require(self.segments == 1 or not self.length_schedule, "segments and length_schedule exclude each other")
         if self.length_schedule:
             self.check_length_schedule()
+        if self.window_schedule:
+            factors = list(self.window_schedule.values())
+            form = "window_schedule must look like {0.0: 0.25, 0.5: 1.0}, from 0.0 on with rising shares, ending at 1.0"
+            rises = all(type(x) in (int, float) and 0 < x <= 1 for x in factors) and factors[-1] == 1
+            require(rises and covers_the_run(self.window_schedule), form)
 
     def check_length_schedule(self):
         """ValueError for shares or lengths that make no schedule which ends at train_length."""
-        starts, lengths = list(self.length_schedule), list(self.length_schedule.values())
+        lengths = list(self.length_schedule.values())
         form = "length_schedule must look like {0.0: 128, 0.6: 256}, from 0.0 on with rising shares below 1"
-        require(all(type(x) in (int, float) for x in starts) and all(type(x) is int for x in lengths), form)
-        require(starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1 and min(lengths) > 0, form)
+        require(all(type(x) is int and x > 0 for x in lengths) and covers_the_run(self.length_schedule), form)
         last = lengths[-1]
         require(last == self.train_length, f"length_schedule ends at {last}: set train_length={last} too")
         for length in lengths:
@@ -90,6 +95,18 @@ class Config(GPTConfig):
         """[(first step, length of a window)] of the length schedule, in order."""
         whole = {0.0: self.train_length * self.segments}
         return [(round(share * self.max_steps), length) for share, length in (self.length_schedule or whole).items()]
+
+    def window_factor(self, step):
+        """The factor on the layers' windows in that step, see window_schedule."""
+        begun = [factor for share, factor in self.window_schedule.items() if share * self.max_steps <= step]
+        return begun[-1] if begun else 1.0
+
+
+def covers_the_run(schedule):
+    """Whether {share of the run: any} begins at 0, and its shares rise and stay below 1."""
+    starts = list(schedule)
+    numbers = all(type(x) in (int, float) for x in starts)
+    return numbers and starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """What every encoding goes through in a run: steps in bfloat16, an exact resume, two processes, torch.compile."""
 
 import shutil
-import socket
 
 import pytest
 import tiny
@@ -19,13 +18,27 @@ from posenc import ENCODINGS
 
 # What is trained: all of them and their variants; values that stretch a finished run are for test time.
 TRAINED = [spec for name, cls in ENCODINGS.items() for spec in (name, *cls.variants)]
+# Schedules over the layers, and what today's models add to attention, one of each kind.
+SCHEDULES = {
+    "windows": {"posenc": ["rope(window=5)", "none"], "temper": "ssmax"},
+    "chunks": {"posenc": ["rope(chunk=6)", "alibi(temper='none')"], "temper": "llama4", "sink_logit": True},
+    "gates": {"posenc": "fox(window=9)", "temper": "adaptive", "gate": "elementwise", "qk_norm": True},
+    "growing": {"posenc": ["rope(values=True, window=8)", "rope"], "window_schedule": {0.0: 0.25, 0.7: 1.0}},
+    "convolutions": {"posenc": "rope", "short_conv": True, "learn_qk_scale": True, "gate": "softplus"},
+}
+ALL = [*TRAINED, *SCHEDULES]
 T = 16
 
 
 def model_of(spec, n_layer=2):
-    model = GPT(GPTConfig(posenc=spec, vocab_size=50, n_layer=n_layer, n_embd=32, train_length=T, zero_init=False))
+    """A model with that encoding, or one of the SCHEDULES, whose every parameter matters."""
+    settings = SCHEDULES.get(spec, {"posenc": spec, "n_layer": n_layer})
+    settings = {key: value for key, value in settings.items() if key != "window_schedule"}  # It is not the model's.
+    sizes = {"vocab_size": 50, "n_layer": 2, "n_embd": 32, "train_length": T}
+    model = GPT(GPTConfig(**(sizes | settings), zero_init=False))
     torch.manual_seed(7)
-    for parameter in model.posenc.parameters():
+    added = [p for name, p in model.blocks.named_parameters() if not name.endswith(("weight", "bias"))]
+    for parameter in (*model.posenc.parameters(), *added):
         torch.nn.init.normal_(parameter)
     model.redraw(T, seed=3)
     return model
@@ -47,12 +60,12 @@ def gradients(model, loss):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("spec", ENCODINGS)
+@pytest.mark.parametrize("spec", [*ENCODINGS, *SCHEDULES])
 def test_it_learns_in_bfloat16_and_resumes_exactly(spec, corpus, tmp_path, call_script, monkeypatch):
     """30 steps, and the last 15 of them once more from the checkpoint between, end in the same bits."""
     monkeypatch.setattr(runs.Log, "draw", lambda log: None)
-    settings = dict(
-        posenc=spec, max_steps=30, checkpoint_interval=15, eval_interval=30, dtype="bfloat16", length_targets=0
+    settings = SCHEDULES.get(spec, {"posenc": spec}) | dict(
+        max_steps=30, checkpoint_interval=15, eval_interval=30, dtype="bfloat16", length_targets=0
     )
     out, again = tmp_path / "run", tmp_path / "again"
     done = call_script("train.py", *command(corpus, out, **settings)[2:])
@@ -67,36 +80,33 @@ def test_it_learns_in_bfloat16_and_resumes_exactly(spec, corpus, tmp_path, call_
     assert metrics(again, "loss") == loss
 
 
-def one_of_two(rank, port, results):
+def one_of_two(rank, results):
     """A process that computes its half of a batch with every encoding in turn."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for spec in TRAINED:
+    dist.init_process_group("gloo", init_method=f"file://{results}/meeting", rank=rank, world_size=2)
+    for spec in ALL:
         tokens = torch.randint(50, (4, T + 1), generator=torch.Generator().manual_seed(5))[2 * rank : 2 * rank + 2]
         model = model_of(spec)
         forward = DistributedDataParallel(model)
         found = gradients(model, forward(tokens[:, :-1], tokens[:, 1:]).mean())
         if rank == 0:
-            torch.save(found, results / f"{TRAINED.index(spec)}.pt")
+            torch.save(found, results / f"{ALL.index(spec)}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 def test_two_processes_compute_the_gradients_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     tiny.prepare_server()
-    multiprocessing.start_processes(one_of_two, (port, tmp_path), nprocs=2, start_method=tiny.METHOD)
+    multiprocessing.start_processes(one_of_two, (tmp_path,), nprocs=2, start_method=tiny.METHOD)
     tokens = torch.randint(50, (4, T + 1), generator=torch.Generator().manual_seed(5))
-    for index, spec in enumerate(TRAINED):
+    for index, spec in enumerate(ALL):
         model = model_of(spec)
         expected = gradients(model, model(tokens[:, :-1], tokens[:, 1:]).mean())
         assert nearly(torch.load(tmp_path / f"{index}.pt"), expected), spec
 
 
 @pytest.mark.parametrize(
-    "spec", [spec if spec in ENCODINGS else pytest.param(spec, marks=pytest.mark.slow) for spec in TRAINED]
+    "spec", [spec if spec in ENCODINGS else pytest.param(spec, marks=pytest.mark.slow) for spec in ALL]
 )
 def test_compiled_it_computes_the_same(spec):
     """Traced and differentiated by torch.compile; the generated code itself is torch's to test."""

@@ -1,0 +1,9 @@
+"""Command A (Cohere 2025): RoPE under windows of 4,096, every fourth layer without positions; blocks in parallel.
+
+Scaled: the window to T/4. base 5e4 at a window of 4,096 to 20 at 32, by the bound base > 0.0424 L^1.628 (Xu et al.
+2024), relative to which all bases of these recipes stay where their models have them.
+"""
+
+posenc = ["rope(window=32, base=20)", "rope(window=32, base=20)", "rope(window=32, base=20)", "none"]
+parallel_residual = True
+norm = "layernorm"
