@@ -137,6 +137,7 @@ def measure(model, dataset, tokenizer, place, options):
     """Everything that is measured of a model -> its record: for a task `summary`; with --lengths the loss of the same
     targets there alone; else also the usual losses, the loss by position and, where nothing is laid over the cache,
     "attention"."""
+    options.check_model(model)
     reading = dict(window=options.window or None, sinks=options.sinks, log_n=options.log_n)
     count, T = options.targets, options.train_length or model.config.train_length
     if dataset.masks:

@@ -171,6 +171,7 @@ def main(argv):
         print(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense", file=sys.stderr)
     T, count = config.train_length, options.tokens or 8 * config.train_length
     prompt = [*vocabulary.begin(tokenizer), *tokenizer.encode_ordinary(options.prompt)] or [tokenizer.eot_token]
+    options.check_model(model)
     check(options, model, prompt, count)
 
     sys.stdout.reconfigure(errors="replace")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from core.errors import require, require_range
+from core.errors import UserError, require, require_range
 from core.flags import Dtype
 from model import GPTConfig
 
@@ -123,3 +123,9 @@ class Reading:
     def __post_init__(self):
         require_range(self, "0 or more", "window", "sinks")
         require(self.window or not self.sinks, "--sinks needs a --window")
+
+    def check_model(self, model):
+        """UserError where these options do not go with the model."""
+        tempers = sorted({block.attn.temper_kind for block in model.blocks} - {"none"})
+        if self.log_n and tempers:
+            raise UserError(f"--log_n is a temper, and the model was trained with {', '.join(tempers)}: leave it out")

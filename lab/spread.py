@@ -20,13 +20,15 @@ SPREAD = {
 
 def weights(encoding, pairs):
     """The Pairs that a watch is given (model.GPT.forward) -> weights of attention (B, H, T, S), and which keys are seen
-    (T, S)."""
+    (T, S). What a learned sink takes is missing in their sum."""
     pairs = ready(pairs)
     wide = torch.promote_types(pairs.q.dtype, torch.float32)  # the fused kernel adds up half precision in float32
     pairs = replace(pairs, q=pairs.q.to(wide), k=pairs.k.to(wide))
     with torch.autocast(pairs.q.device.type, enabled=False):
-        logits = encoding.logits(pairs)
-        return logits.masked_fill(~pairs.seen, -math.inf).softmax(-1), pairs.seen
+        logits = encoding.logits(pairs).masked_fill(~pairs.seen, -math.inf)
+        if pairs.sink is not None:
+            logits = torch.cat((logits, pairs.sink.to(wide).view(-1, 1, 1).expand(*logits.shape[:3], 1)), dim=-1)
+        return logits.softmax(-1)[..., : len(pairs.j)], pairs.seen
 
 
 def spread(model, tokens, last, place):
@@ -35,7 +37,10 @@ def spread(model, tokens, last, place):
 
     def watch(layer, encoding, new, pairs):
         watched = weights(encoding, pairs)
-        total[:, layer] += torch.stack([measure(*watched).sum().cpu().double() for measure in SPREAD.values()])
+        sums = {name: measure(*watched).sum().cpu().double() for name, measure in SPREAD.items()}
+        if len(pairs.j) < cache.length:  # The layer's window has left the first token behind.
+            sums["first"] *= 0
+        total[:, layer] += torch.stack(list(sums.values()))
 
     cache, context, queries = Cache(total=tokens.shape[1]), *tokens.tensor_split([tokens.shape[1] - last], dim=1)
     with place.autocast():

@@ -11,7 +11,10 @@ import posenc
 from core.additions import TEMPERS
 from core.cache import Cache, Memory, Past, Slots
 from core.encoding import Sight
+from core.errors import UserError
 from core.optimizers import whole_matrices
+from core.settings import Reading
+from lab import spread
 from model import GPTConfig
 
 T = small.T
@@ -379,3 +382,21 @@ def test_a_list_of_the_same_length_is_laid_over_member_by_member():
     spec = ["rope(window=8)", "rope(window=8)", "none"]
     assert posenc.merge(spec, ["", 'rope(scaling="yarn")', ""]) == [spec[0], "rope(scaling='yarn', window=8)", "none"]
     assert posenc.merge(spec, ["rope", "alibi"]) == ["rope", "alibi"]
+
+
+def test_log_n_at_test_time_is_for_models_without_a_temper():
+    assert Reading(log_n=True).check_model(small.make()) is None
+    with pytest.raises(UserError, match="trained with ssmax: leave it out"):
+        Reading(log_n=True).check_model(small.make(['none(temper="ssmax")', "rope"]))
+
+
+@torch.no_grad()
+def test_what_spreads_in_a_schedule_is_what_its_layers_see():
+    model, tokens = shaken(make([f"none(window={W})", "none"], sink_logit=True)), torch.randint(50, (2, 600))
+    for block in model.blocks:  # Queries of zero: all keys in sight and the sink have the same weight.
+        torch.nn.init.zeros_(block.attn.qkv.weight[:32])
+        torch.nn.init.zeros_(block.attn.sink_logit)
+    found = spread.attention(model, tokens, small.CPU, [599], T=32)["by_layer"]
+    each = [n / (n + 1) * math.log(n + 1) for n in (W, 595.5)]  # n keys with a weight of 1 / (n + 1) each
+    assert found["entropy"][0] == pytest.approx(each, rel=1e-4)
+    assert found["first"][0] == [0, pytest.approx(1 / 596.5, rel=1e-3)]
