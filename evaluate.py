@@ -20,7 +20,7 @@ from typing import ClassVar
 import data
 from core import place as places
 from core import report, runs
-from core.errors import UserError, require, run
+from core.errors import UserError, require, require_range, run
 from core.flags import Dtype, flags, make
 from core.measure import MULTIPLES, exact_match, length_loss, long_windows, reach, scored_at
 from core.settings import Reading
@@ -49,8 +49,8 @@ class Options(Reading):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.targets >= 1, f"--targets must be at least 1, not {self.targets}")
-        require(self.train_length >= 0, "--train_length must not be negative")
+        require_range(self, "in 1 ... 10^6", "targets")
+        require_range(self, "in 0 ... 10^8", "train_length")
         self.lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths
         ascending = all(type(x) is int and x > 1 for x in self.lengths) and self.lengths == sorted(set(self.lengths))
         form = "must be whole numbers above 1 that rise, as in --lengths='[1024, 2048, 4096]'"

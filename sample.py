@@ -47,9 +47,11 @@ class Options(Reading):
 
     def __post_init__(self):
         super().__post_init__()
-        require_range(self, "0 or more", "tokens", "temperature", "top_k", "crop")
+        require_range(self, "0 or more", "temperature", "top_k", "crop")
         require_range(self, "in 0 ... 1 and above 0", "top_p")
-        require_range(self, "at least 1", "samples")
+        require_range(self, "in 0 ... 2^63 - 1", "tokens")
+        require_range(self, "in 1 ... 10^4", "samples")
+        require_range(self, "in -2^63 ... 2^64 - 1", "seed")
         require(not (self.crop and self.window), "--crop and --window exclude each other")
         whole = not (self.crop or self.window)
         require(whole or not self.compile, "--compile keeps the whole context: leave out --window and --crop")
@@ -182,7 +184,7 @@ def main(argv):
         Stream(tokenizer).write(text, final=True)
 
     made = sum(len(text) - len(prompt) for text in texts)
-    print("\n\n" + dim(f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s"))
+    print("\n\n" + dim(f"{made} token{'s' * (made != 1)} in {seconds:.1f} s, {made / seconds:.0f} tokens/s"))
     if made:
         judge = as_trained[0].model if as_trained else model
         losses = [windowed_losses(judge, torch.tensor([text]), T, max(1, T // 2), place)[0].tolist() for text in texts]

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from core import flags, optimizers, report, runs
 from core import place as places
-from core.errors import UserError, run
+from core.errors import UserError, command, out_of_memory, run
 from core.measure import batches, validation_loss
 from core.place import Place
 from core.settings import Config
@@ -305,14 +305,14 @@ def next_command(config, model, dataset):
     """The command that shows what the run has learned."""
     if dataset.masks:
         prompt, tokens = dataset.prompt(config.train_length)
-        more = " --temperature=0 --stop"
+        more = ["--temperature=0", "--stop"]
     else:
         prompt = "def " if config.dataset == "python" else ""
         tokens = max(1, min(8 * config.train_length, model.max_length - 8))
         # A run in segments learned to have so many tokens behind it.
-        more = f" --window={config.train_length}" if config.segments > 1 else ""
-    prompt = f' --prompt="{prompt}"' if prompt else ""
-    return f"python sample.py {config.out_dir}{prompt} --tokens={tokens}{more}"
+        more = [f"--window={config.train_length}"] if config.segments > 1 else []
+    prompt = [f"--prompt={prompt}"] if prompt else []
+    return command("sample.py", Path(config.out_dir), *prompt, f"--tokens={tokens}", *more)
 
 
 def main(argv):
@@ -320,8 +320,8 @@ def main(argv):
     place = places.choose(config.device, config.dtype)
     try:
         status = train(config, place)
-    except RuntimeError as error:  # CUDA has a class for it, MPS and the CPU do not
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
         now = config.micro_batch_size or config.batch_size // place.world
         raise UserError(f"out of memory: lower --micro_batch_size (now {now}); gradients accumulate") from None

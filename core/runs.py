@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import posenc
 from core import files, report
-from core.errors import UserError, nearest
+from core.errors import UserError, command, nearest, pasted
 from core.flags import make
 from core.place import Neighbours
 from core.settings import Config
@@ -109,11 +109,11 @@ def find(run):
             return path / name
     if not path.exists():
         beside = sorted(str(folder.parent) for folder in Path("out").glob(f"*/{CKPT}"))
-        hint = nearest(str(run), beside) if beside else "train one with python train.py configs/rope.py"
+        hint = nearest(str(run), beside) if beside else f"train one with {command('train.py', 'configs/rope.py')}"
         raise UserError(f"no run {run}; {hint}")
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
-        raise UserError(f"{run} holds a published model and no run; name it hf:{run}")
-    raise UserError(f"{run} holds no checkpoint ({CKPT}); train one with python train.py configs/rope.py")
+        raise UserError(f"{run} holds a published model and no run; name it {pasted(f'{PUBLISHED}{run}')}")
+    raise UserError(f"{run} holds no checkpoint ({CKPT}); train one with {command('train.py', 'configs/rope.py')}")
 
 
 def load(run):
@@ -168,9 +168,10 @@ def instead_of(path):
         return f"remove {path.parent}, and it is made again from the published model"
     previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
     if path.name == CKPT and previous.exists():
-        return f"go back to the one before: mv {previous} {path}"
+        return f"go back to the one before: {pasted('mv', previous, path)}"
     if path.name != BEST and best.exists():
-        return f"the run's best weights are in {best}: go on from them with --init_from={best} and another --out_dir"
+        go_on = f"go on from them with {pasted(f'--init_from={best}')} and another --out_dir"
+        return f"the run's best weights are in {best}: {go_on}"
     return "train it anew, with another --out_dir"
 
 
@@ -307,7 +308,9 @@ def open_runs(run, overrides, device="cpu"):
     """A run folder, checkpoint file or published model -> [Run], one for each of the overrides of its `posenc`. On the
     CPU they share their weights, until one is changed."""
     state, opened = load(run), []
-    trained = state["config"]["posenc"]
+    trained, end = state["config"]["posenc"], state["config"]["max_steps"]
+    if 0 < state["step"] < end:  # a published model is at step 0
+        print(f"{run} is at step {state['step']} of {end}", file=sys.stderr)
     tokenizer = vocabulary.load(state["config"]["tokenizer"])
     check_tokenizer(tokenizer, state)
     for override in overrides:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from core import flags, report, runs
 from core import place as places
 from core.cache import Cache, pieces
-from core.errors import UserError, nearest, require
+from core.errors import UserError, nearest, require, require_range
 from core.optimizers import make as make_optimizers
 from core.settings import Config
 from data import vocabulary
@@ -35,7 +35,7 @@ class Rounds:
     table: str = ""  # also write the table to this Markdown file, with what made it
 
     def __post_init__(self):
-        require(self.rounds >= 1, f"--rounds must be at least 1, not {self.rounds}")
+        require_range(self, "in 1 ... 10^6", "rounds")
         folder = Path(self.table).parent
         require(folder.is_dir(), f"--table={self.table}: there is no folder {folder}")
 
@@ -49,7 +49,7 @@ class Decoding(Rounds, Config):
     def __post_init__(self):
         Rounds.__post_init__(self)
         Config.__post_init__(self)
-        require(self.decode_tokens >= 1, f"--decode_tokens must be at least 1, not {self.decode_tokens}")
+        require_range(self, "in 1 ... 10^6", "decode_tokens")
 
 
 @dataclass
