@@ -20,7 +20,7 @@ from typing import ClassVar
 import data
 from core import place as places
 from core import report, runs
-from core.errors import UserError, require, require_range, run
+from core.errors import UserError, nearest, require, require_range, run
 from core.flags import Dtype, flags, make
 from core.measure import MULTIPLES, exact_match, length_loss, long_windows, reach, scored_at
 from core.settings import Reading
@@ -115,8 +115,8 @@ def open_dataset(opened, options):
         return dataset
     known = options.data in data.SOURCES and options.data != "text"
     if not known and not Path(options.data).expanduser().exists():
-        names = ", ".join(name for name in data.SOURCES if name != "text")
-        raise UserError(f"--data={options.data} is neither a file or folder nor one of {names}")
+        names = nearest(options.data, [name for name in data.SOURCES if name != "text"])
+        raise UserError(f"--data={options.data} is neither a file or folder nor a data set; {names}")
     other = dict(dataset=options.data, text="") if known else dict(dataset="text", text=options.data)
     other |= dict(packages=False, shards=1)
     return data.open_dataset(dataclasses.replace(config, **other), opened.tokenizer)

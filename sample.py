@@ -20,7 +20,7 @@ import torch
 import posenc
 from core import place as places
 from core import runs
-from core.errors import UserError, require, require_range, run
+from core.errors import UserError, note, require, require_range, run
 from core.flags import flags, make
 from core.measure import windowed_losses
 from core.settings import Reading
@@ -170,7 +170,7 @@ def main(argv):
     opened, *as_trained = runs.open_runs(paths[0], overrides, place.device)
     model, config, tokenizer = opened.model, opened.config, opened.tokenizer
     if not posenc.derives(config.posenc, opened.trained):
-        print(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense", file=sys.stderr)
+        note(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense")
     T, count = config.train_length, options.tokens or 8 * config.train_length
     prompt = [*vocabulary.begin(tokenizer), *tokenizer.encode_ordinary(options.prompt)] or [tokenizer.eot_token]
     check(options, model, prompt, count)

@@ -57,24 +57,25 @@ def nearest(word, known, cutoff=0.6):
 
 
 def brief(value, width=200):
-    """A value as text of at most `width` characters, the middle of longer ones left out."""
+    """A value as text of `width` signs or so, the middle of longer ones left out. What a terminal would obey (escapes,
+    marks of direction) is spelled out."""
     text = str(value)
-    return text if len(text) <= width else f"{text[: width * 2 // 3]} ... {text[-width // 4 :]}"
-
-
-def harmless(text):
-    """The text with what a terminal would obey (escapes, marks of direction) spelled out, as \\x1b for an escape."""
+    text = text if len(text) <= width else f"{text[: width * 2 // 3]} ... {text[-width // 4 :]}"
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def line_of(error):
-    """What a UserError or an OSError says, as one line that does no harm. No word of it is longer than `brief` lets it
-    be."""
+    """What a UserError, an OSError or a text says, as one line. Each word of it is as `brief` leaves it."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         error = f"{error.filename}: {error.strerror}"
     # Spaces inside a line stay, as they may be part of a file's name.
     text = " ".join(filter(None, map(str.strip, str(error).splitlines())))
-    return brief(" ".join(map(brief, harmless(text).split(" "))), 1500)
+    return brief(" ".join(map(brief, text.split(" "))), 1500)
+
+
+def note(text):
+    """Say what is no mistake, but not what a user expects: one line on stderr."""
+    print(line_of(text), file=sys.stderr)
 
 
 def out_of_memory(error):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import posenc
 from core import files, report
-from core.errors import UserError, command, nearest, pasted
+from core.errors import UserError, brief, command, nearest, note, pasted
 from core.flags import make
 from core.place import Neighbours
 from core.settings import Config
@@ -308,9 +308,8 @@ def open_runs(run, overrides, device="cpu"):
     """A run folder, checkpoint file or published model -> [Run], one for each of the overrides of its `posenc`. On the
     CPU they share their weights, until one is changed."""
     state, opened = load(run), []
-    trained, end = state["config"]["posenc"], state["config"]["max_steps"]
-    if 0 < state["step"] < end:  # a published model is at step 0
-        print(f"{run} is at step {state['step']} of {end}", file=sys.stderr)
+    trained = state["config"]["posenc"]
+    note_progress(run, state)
     tokenizer = vocabulary.load(state["config"]["tokenizer"])
     check_tokenizer(tokenizer, state)
     for override in overrides:
@@ -321,6 +320,13 @@ def open_runs(run, overrides, device="cpu"):
         model = model.to(device).eval()
         opened.append(Run(run, model, config, tokenizer, state.get("data_checksum", ""), state["step"], trained))
     return opened
+
+
+def note_progress(run, state):
+    """Say where a run stands that is not finished. A published model, which is at step 0, never was a run."""
+    step, end = state["step"], state["config"]["max_steps"]
+    if 0 < step < end:
+        note(f"{run} is at step {step} of {end}")
 
 
 def names(paths):
@@ -339,8 +345,8 @@ class Log:
         self.path, self.main, self.start = Path(folder) / "metrics.jsonl", place.main, start
         self.neighbours = Neighbours()
         self.bar = tqdm(
-            initial=step, total=max_steps, desc=Path(folder).name, disable=not self.main or step >= max_steps,
-            mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True,
+            initial=step, total=max_steps, desc=brief(Path(folder).name, 60), dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10, disable=not self.main or step >= max_steps,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )  # fmt: skip
         if self.main:

@@ -105,5 +105,5 @@ class Reading:
     dtype: Dtype = "auto"  # of products; auto is bfloat16 on CUDA, float16 on older CUDA, else float32
 
     def __post_init__(self):
-        require_range(self, "0 or more", "window", "sinks")
+        require_range(self, "in 0 ... 10^8", "window", "sinks")
         require(self.window or not self.sinks, "--sinks needs a --window")
