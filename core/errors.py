@@ -95,8 +95,8 @@ def pasted(*words):
 
 def command(script, *words):
     """The line that runs one of our scripts, such as "sample.py", from where the running one was started."""
-    folder = "" if sys.modules["__main__"].__spec__ else os.path.dirname(sys.argv[0])
-    return pasted("python", Path(folder, script), *words)
+    beside = Path(os.path.dirname(sys.argv[0]), script)  # not so where that is a file of lab/ or hub/
+    return pasted("python", beside if beside.is_file() else script, *words)
 
 
 def program():

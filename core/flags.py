@@ -229,6 +229,11 @@ def make(cls, settings):
         raise UserError(str(error)) from None
 
 
+def changed(settings, **changes):
+    """A copy of a dataclass with other values for some of its fields; what does not fit together is a UserError."""
+    return make(type(settings), vars(settings) | changes)
+
+
 def help_text(cls):
     """One line for every key: name, default, and the comment beside it in the source."""
     lines, comments = [f"usage: {cls.usage}", ""], {}

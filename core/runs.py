@@ -324,9 +324,8 @@ def open_runs(run, overrides, device="cpu"):
 
 def note_progress(run, state):
     """Say where a run stands that is not finished. A published model, which is at step 0, never was a run."""
-    step, end = state["step"], state["config"]["max_steps"]
-    if 0 < step < end:
-        note(f"{run} is at step {step} of {end}")
+    if 0 < state["step"] < state["config"]["max_steps"]:
+        note(f"{run} is at step {state['step']} of {state['config']['max_steps']}")
 
 
 def names(paths):

@@ -578,6 +578,13 @@ def test_length_schedule_that_cannot_be_run(schedule):
     assert "length_schedule" in mistake(lambda: make(length_schedule=schedule, train_length=128, batch_size=6))
 
 
+@pytest.mark.parametrize("length", [10**8 + 1, 2**31, 2**63, 10**29])
+def test_lengths_to_measure_have_a_bound(length):
+    said = mistake(configs.make, evaluate.Options, {"lengths": [16, length]})
+    assert "in 2 ... 10^8 that rise" in said
+    assert "train_length must be in 1 ... 10^8" in mistake(lambda: timing.variant(Config(), "rope", length))
+
+
 # Help.
 
 

@@ -1,7 +1,6 @@
 """The parts that all benchmarks share: a training step and a decoder to be timed, taking turns, and peaks of memory."""
 
 import concurrent.futures
-import dataclasses
 import multiprocessing
 import os
 import statistics
@@ -100,7 +99,7 @@ def chosen(only):
 def variant(config, name, length):
     """The config with another encoding and context, at the same number of tokens at once."""
     rows = max(1, (config.micro_batch_size or config.batch_size) * config.train_length // length)
-    return dataclasses.replace(
+    return flags.changed(
         config, posenc=name, train_length=length, batch_size=rows, micro_batch_size=0, length_schedule={}
     )
 
@@ -135,7 +134,7 @@ def decoder(config, place, context, count, window=None):
     Without a window every call begins at the same context. Encodings whose positions end are read as they go on.
     """
     spec = ENCODINGS[config.posenc].unbounded if config.posenc in ENCODINGS else None
-    model = runs.build(dataclasses.replace(config, posenc=spec or config.posenc), place.device).eval()
+    model = runs.build(flags.changed(config, posenc=spec or config.posenc), place.device).eval()
     context = min(context, model.max_length - count)
     tokens = torch.randint(config.vocab_size, (1, context), device=place.device)
     cache = Cache(window, total=context + count)
