@@ -132,7 +132,8 @@ def find_device(name, world, local_rank):
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
+    # torch keeps an index in 8 bits: cuda:256 would be cuda:0.
+    if device is None or str(device) != name or device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device={name}: choose from auto, cpu, cuda, cuda:1, mps")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank if world > 1 else device.index or 0)

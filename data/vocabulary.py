@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from core.errors import UserError, nearest
+from core.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"  # a published model's; beside a checkpoint that names it so
@@ -42,7 +42,9 @@ def load(name):
             raise UserError(f"tokenizer {name} cannot be read: {error}") from None
     known = ["bytes", *SHIPPED, *tiktoken.list_encoding_names()]
     if name not in known:
-        raise UserError(f"tokenizer {name} is no name, nor FILE.tiktoken or {FILE}; {nearest(name, known)}")
+        raise UserError(
+            f"no tokenizer is called '{name}'; choose from {', '.join(known)}, or a file FILE.tiktoken or {FILE}"
+        )
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken passes on what it met: of requests, of the file system, of a checksum

@@ -115,6 +115,8 @@ def test_a_learned_encoding_past_its_table_names_the_choices(learned, call_scrip
         (["--window=1e29"], "window must be in 0"),
         (["--temperature=nan"], "temperature"),
         (["--device=tpu"], "choose from auto"),
+        (["--device=cuda:128"], "choose from auto"),
+        (["--device=cuda:256"], "choose from auto"),
     ],
 )
 def test_mistakes_are_one_line(trained, call_script, flags, said):
