@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import os
+import random
 import re
 import typing
 from pathlib import Path
@@ -470,6 +471,28 @@ def test_python_does_not_warn_of_what_is_only_read(write, recwarn):
         mistake(merged, [write(f"n_layer = {text}")])
         mistake(merged, [f"--n_layer={text}"])
     assert not recwarn.list
+
+
+PIECES = (
+    "-- - = ' \" \\d # ; : , ( ) [ ] { } None true nan 1e999 1_0 0x lambda: f'{x}' rope( inner= %s ../ ~ auto é".split()
+)
+PIECES += [" ", "\n", "\0", "\ufeff", "\x1b[2J", "\udcff", "\u202e", "9" * 5000, "a" * 9999]
+
+
+def test_generated_flags_and_files_are_settings_or_one_harmless_line(write, recwarn, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    rng, refused = random.Random(0), 0
+    keys = [field.name for field in dataclasses.fields(Config)]
+    for _ in range(150):
+        key, value = rng.choice([*keys, rng.choice(PIECES)]), "".join(rng.choices(PIECES, k=rng.choice([1, 1, 2, 5])))
+        file = write(f"{key} = {value}".encode("utf-8", "surrogatepass"))
+        for word in (f"--{key}={value}", value, file):
+            try:
+                configs.make(Config, configs.parse([word], Config)[1])
+            except UserError as error:
+                line, refused = line_of(error), refused + 1
+                assert line.isprintable() and len(line) <= 1500
+    assert refused > 350 and not recwarn.list
 
 
 # Numbers without reason.
