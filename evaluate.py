@@ -19,7 +19,7 @@ from typing import ClassVar
 import data
 from core import place as places
 from core import report, runs
-from core.errors import UserError, nearest, require, require_range, run
+from core.errors import UserError, nearest, pasted, require, require_range, run
 from core.flags import Dtype, changed, flags, make
 from core.measure import MULTIPLES, exact_match, length_loss, long_windows, reach, scored_at
 from core.settings import Reading
@@ -74,7 +74,7 @@ class Options(Reading):
         require(mine, f"--table={page} has no line {mark}, so the table would replace all of it")
         out = Path(self.out_dir)
         held = any((out / name).exists() for name in (runs.CKPT, "config.json"))
-        require(not held, f"--out_dir={out} holds a run or a model; name another folder, {out}/reach say")
+        require(not held, f"{out} holds a run or a model; take {pasted(f'--out_dir={out}/reach')}, say")
         require(out.is_dir() or not out.exists(), f"--out_dir={out} is a file; name a folder")
         if self.out_dir:
             check_folder(out)

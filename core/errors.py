@@ -87,10 +87,14 @@ def out_of_memory(error):
 # Commands that a user is told to type.
 
 
+def no_flag(path):
+    """A path as a word of a command line, where one that begins with a dash would be a flag."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def pasted(*words):
-    """The words as a line for a shell to be pasted into, whatever they hold. A Path is never taken for a flag."""
-    dashed = (isinstance(word, Path) and str(word).startswith("-") for word in words)
-    return shlex.join(f"./{word}" if dash else str(word) for word, dash in zip(words, dashed, strict=True))
+    """The words as a line to be pasted into a shell, whatever they hold. A Path among them is no flag."""
+    return shlex.join(no_flag(word) if isinstance(word, Path) else str(word) for word in words)
 
 
 def command(script, *words):

@@ -36,7 +36,7 @@ class Lowercase(ast.NodeTransformer):
 def parsed(text, mode="exec"):
     """Python's text -> its tree, which is never run. ValueError with the line where it is no Python."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of \\d in a text, say
+        with warnings.catch_warnings(action="ignore"):  # of \d in a text, say
             return ast.parse(text, mode=mode)
     except SyntaxError as error:
         raise ValueError(f"line {error.lineno or 1}: {error.msg}") from None
@@ -65,7 +65,7 @@ def find(path):
         file = HOME / path if not Path(path).exists() and (HOME / path).is_file() else Path(path)
         if file.is_file():
             return file
-        what = "a folder" if file.is_dir() else "a device" if file.exists() else ""  # A pipe might never end.
+        what = "a folder" if file.is_dir() else "a pipe or a device" if file.exists() else ""
     except (OSError, ValueError) as error:  # The name is too long, or no name.
         raise UserError(f"no config file {brief(path)}: {getattr(error, 'strerror', None) or error}") from None
     if what:

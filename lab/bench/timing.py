@@ -16,7 +16,7 @@ from tqdm import tqdm
 from core import flags, report, runs
 from core import place as places
 from core.cache import Cache, pieces
-from core.errors import UserError, nearest, require, require_range
+from core.errors import UserError, nearest, pasted, require, require_range
 from core.optimizers import make as make_optimizers
 from core.settings import Config
 from data import vocabulary
@@ -83,7 +83,7 @@ def command(argv, cls, measure, subject="", files=(), on_cpu=False):
     if options.table:
         place = places.choose("cpu") if on_cpu else places.choose(options.device, options.dtype)
         program, precision = cls.usage.split()[2], {} if on_cpu else {"dtype": place.dtype_name}
-        made_by = " ".join(["python -m", program, *argv])
+        made_by = pasted("python", "-m", program, *argv)
         report.write_table(options.table, program.rpartition(".")[2], lines, made_by, place, **precision)
 
 
