@@ -170,8 +170,7 @@ def instead_of(path):
     if path.name == CKPT and previous.exists():
         return f"go back to the one before: {pasted('mv', previous, path)}"
     if path.name != BEST and best.exists():
-        go_on = f"go on from them with {pasted(f'--init_from={best}')} and another --out_dir"
-        return f"the run's best weights are in {best}: {go_on}"
+        return f"go on from the run's best weights with {pasted(f'--init_from={best}')} and another --out_dir"
     return "train it anew, with another --out_dir"
 
 
@@ -308,9 +307,8 @@ def open_runs(run, overrides, device="cpu"):
     """A run folder, checkpoint file or published model -> [Run], one for each of the overrides of its `posenc`. On the
     CPU they share their weights, until one is changed."""
     state, opened = load(run), []
-    trained = state["config"]["posenc"]
     note_progress(run, state)
-    tokenizer = vocabulary.load(state["config"]["tokenizer"])
+    trained, tokenizer = state["config"]["posenc"], vocabulary.load(state["config"]["tokenizer"])
     check_tokenizer(tokenizer, state)
     for override in overrides:
         config = config_of(state, posenc=merge_posenc(trained, override))

@@ -178,7 +178,7 @@ def test_the_way_out_of_a_damaged_checkpoint_can_be_pasted(trained, call_script,
     assert checkpoint.stat().st_size and not previous.exists()
     checkpoint.write_bytes(b"")
     told = call_script("sample.py", f"./{folder}", "--tokens=1").stderr
-    assert Path(shlex.split(told.partition("from them with ")[2])[0]) == Path(f"--init_from={folder}/best.pt")
+    assert Path(shlex.split(told.partition("best weights with ")[2])[0]) == Path(f"--init_from={folder}/best.pt")
 
 
 def test_a_missing_run_names_the_nearest(trained, call_script):
