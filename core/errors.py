@@ -52,7 +52,7 @@ def count(number, noun):
 
 def nearest(word, known, cutoff=0.6):
     """'did you mean X?', or all that is known where nothing is as similar as `cutoff` (0 ... 1)."""
-    match = difflib.get_close_matches(brief(word), known, n=1, cutoff=cutoff)
+    match = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f"did you mean '{match[0]}'?" if match else f"choose from {', '.join(known)}"
 
 
