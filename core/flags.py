@@ -45,13 +45,14 @@ def parsed(text, mode="exec"):
 
 
 def literal(node):
-    """The value of a parsed expression, which is never run. ValueError for anything but a literal."""
+    """The value of a parsed expression, which is never run. ValueError for anything but a literal, OverflowError for a
+    number beyond reason."""
     for part in ast.walk(node):
         if isinstance(part, ast.BinOp):
             raise ValueError("arithmetic is not computed here; write the number, such as 512 for 4 * 128")
         value = getattr(part, "value", None)
         if type(value) in (int, float) and not abs(value) < 1e30:
-            raise ValueError("numbers go to 1e30")
+            raise OverflowError("numbers go to 1e30")
     try:
         return ast.literal_eval(Lowercase().visit(node))
     except (ValueError, TypeError, RecursionError):
@@ -95,7 +96,7 @@ def read(path, cls):
         key = node.targets[0].id
         try:
             value = literal(node.value)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(f"{where}: {key}: {error}") from None
         settings[key] = convert(value, key, cls, where)
     return settings
@@ -150,6 +151,8 @@ def convert_flag(text, key, cls):
         value = literal(parsed(text.strip(), mode="eval").body)
     except ValueError:
         value = text
+    except OverflowError as error:
+        raise UserError(f"--{key}: {error}") from None
     return convert(value, key, cls, f"--{key}")
 
 

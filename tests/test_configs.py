@@ -236,7 +236,8 @@ def test_numbers_beyond_reason_are_refused_at_once(write, number):
     for key in ("n_layer", "learning_rate"):
         file = write(f"{key} = {number}")
         assert mistake(merged, [file]).startswith(f"{file}, line 1: ")
-        assert mistake(merged, [f"--{key}={number}"]).startswith(f"--{key}: ")
+        told = mistake(merged, [f"--{key}={number}"])
+        assert told.startswith(f"--{key}: ") and ("numbers go to 1e30" in told or not number.lstrip("-").isdigit())
 
 
 # Mistakes.
@@ -454,7 +455,7 @@ DEEP = [
 ]
 
 
-@pytest.mark.parametrize("many", [199, 20_000])
+@pytest.mark.parametrize("many", [199, 7_000])
 @pytest.mark.parametrize("sign", DEEP)
 def test_what_is_nested_deeply_or_long_is_one_line_without_a_warning(write, sign, many, recwarn):
     told = [
@@ -481,7 +482,7 @@ def test_generated_flags_and_files_are_settings_or_one_harmless_line(write, recw
     monkeypatch.chdir(tmp_path)
     rng, refused = random.Random(0), 0
     keys = [field.name for field in dataclasses.fields(Config)]
-    for _ in range(150):
+    for _ in range(100):
         key, value = rng.choice([*keys, rng.choice(PIECES)]), "".join(rng.choices(PIECES, k=rng.choice([1, 1, 2, 5])))
         file = write(f"{key} = {value}".encode("utf-8", "surrogatepass"))
         for word in (f"--{key}={value}", value, file):
@@ -490,7 +491,7 @@ def test_generated_flags_and_files_are_settings_or_one_harmless_line(write, recw
             except UserError as error:
                 line, refused = line_of(error), refused + 1
                 assert line.isprintable() and len(line) <= 1500
-    assert refused > 350 and not recwarn.list
+    assert refused > 230 and not recwarn.list
 
 
 # Numbers without reason.

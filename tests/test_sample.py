@@ -156,7 +156,7 @@ def test_a_run_that_is_not_finished_says_where_it_is(trained, call_script, tmp_p
 
 
 @pytest.mark.parametrize(
-    "folder", ["plain", "two  spaces", "it's", "$HOME", "-x", "--tokens=3", "a;b", "é日", '"', "a\nb"]
+    "folder", ["two  spaces", "it's", "$HOME", "--tokens=3", "é日", "a\nb"]
 )
 def test_the_command_that_a_run_ends_with_can_be_pasted(trained, call_script, tmp_path, folder):
     shutil.copytree(trained, tmp_path / folder)
