@@ -155,9 +155,7 @@ def test_a_run_that_is_not_finished_says_where_it_is(trained, call_script, tmp_p
 # What is told can be typed.
 
 
-@pytest.mark.parametrize(
-    "folder", ["two  spaces", "it's", "$HOME", "--tokens=3", "é日", "a\nb"]
-)
+@pytest.mark.parametrize("folder", ["two  spaces", "it's", "$HOME", "--tokens=3", "é日", "a\nb"])
 def test_the_command_that_a_run_ends_with_can_be_pasted(trained, call_script, tmp_path, folder):
     shutil.copytree(trained, tmp_path / folder)
     opened = runs.open_run(trained)
