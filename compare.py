@@ -25,7 +25,7 @@ import posenc
 from core import flags as configs
 from core import place as places
 from core import report, runs
-from core.errors import UserError, require, run
+from core.errors import UserError, count, require, require_range, run
 from core.settings import Config
 from data import tasks, vocabulary
 from lab import tables
@@ -46,9 +46,9 @@ class Compare(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("seeds", "targets"):
-            require(getattr(self, key) >= 1, f"--{key} must be at least 1, not {getattr(self, key)}")
-        require(self.jobs >= 0, "--jobs must not be negative")
+        require_range(self, "in 1 ... 10^4", "seeds")
+        require_range(self, "in 1 ... 10^6", "targets")
+        require_range(self, "in 0 ... 10^6", "jobs")
         self.out_dir = self.out_dir or "out/compare"
         out = Path(self.out_dir)
         taken = "a file" if out.is_file() else "a run" if (out / runs.CKPT).exists() else ""
@@ -162,7 +162,7 @@ def main(argv):
         (name, seed): functools.partial(trained, workers, config, told[name], checksum, *measured)
         for (name, seed), config in all_configs.items()
     }
-    tqdm.write(f"{len(jobs)} runs, {workers.jobs} at once; what they say goes to {out}/logs", file=sys.stderr)
+    tqdm.write(f"{count(len(jobs), 'run')}, {workers.jobs} at once; what they say goes to {out}/logs", file=sys.stderr)
     results = {key: record for key, records in workers.all(jobs).items() for record in records.values()}
     by_seed = {each.name: [results[each.name, seed] for seed in seeds] for each in named}
     write(by_seed, seeds, T, shlex.join(["python", "compare.py", *argv]), place, options)

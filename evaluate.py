@@ -10,7 +10,6 @@ examples it answers without a mistake. `--frequencies` takes the pairs of rope's
 
 import core.start  # noqa: F401  # isort: skip
 
-import dataclasses
 import functools
 import shlex
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ from typing import ClassVar
 import data
 from core import place as places
 from core import report, runs
-from core.errors import UserError, require, run
-from core.flags import Dtype, flags, make
+from core.errors import UserError, nearest, pasted, require, require_range, run
+from core.flags import Dtype, changed, flags, make
 from core.measure import MULTIPLES, exact_match, length_loss, long_windows, reach, scored_at
 from core.settings import Reading
 from data import tasks, vocabulary
@@ -49,11 +48,13 @@ class Options(Reading):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.targets >= 1, f"--targets must be at least 1, not {self.targets}")
-        require(self.train_length >= 0, "--train_length must not be negative")
+        require_range(self, "in 1 ... 10^6", "targets")
+        require_range(self, "in 0 ... 10^8", "train_length")
         self.lengths = [self.lengths] if isinstance(self.lengths, int) else self.lengths
-        ascending = all(type(x) is int and x > 1 for x in self.lengths) and self.lengths == sorted(set(self.lengths))
-        form = "must be whole numbers above 1 that rise, as in --lengths='[1024, 2048, 4096]'"
+        ascending = all(type(x) is int and 1 < x <= 10**8 for x in self.lengths) and self.lengths == sorted(
+            set(self.lengths)
+        )
+        form = "must be whole numbers in 2 ... 10^8 that rise, as in --lengths='[1024, 2048, 4096]'"
         require(ascending, f"--lengths={self.lengths} {form}")
         for key in ("lengths", "train_length", "window", "log_n"):
             alone = not (self.frequencies and getattr(self, key))
@@ -73,7 +74,7 @@ class Options(Reading):
         require(mine, f"--table={page} has no line {mark}, so the table would replace all of it")
         out = Path(self.out_dir)
         held = any((out / name).exists() for name in (runs.CKPT, "config.json"))
-        require(not held, f"--out_dir={out} holds a run or a model; name another folder, {out}/reach say")
+        require(not held, f"{out} holds a run or a model; take {pasted(f'--out_dir={out}/reach')}, say")
         require(out.is_dir() or not out.exists(), f"--out_dir={out} is a file; name a folder")
         if self.out_dir:
             check_folder(out)
@@ -106,7 +107,7 @@ def open_dataset(opened, options):
     config.data_dir = options.data_dir or config.data_dir
     if options.lengths:  # no longer window has to fit into the text
         known = dict(original_length=config.original_length or config.train_length, length_schedule={}, segments=1)
-        config = dataclasses.replace(config, train_length=options.lengths[0], **known)
+        config = changed(config, train_length=options.lengths[0], **known)
     if not options.data:
         dataset = data.open_dataset(config, opened.tokenizer)
         if opened.data_checksum and dataset.meta["data_checksum"] != opened.data_checksum:
@@ -115,11 +116,11 @@ def open_dataset(opened, options):
         return dataset
     known = options.data in data.SOURCES and options.data != "text"
     if not known and not Path(options.data).expanduser().exists():
-        names = ", ".join(name for name in data.SOURCES if name != "text")
-        raise UserError(f"--data={options.data} is neither a file or folder nor one of {names}")
+        names = nearest(options.data, [name for name in data.SOURCES if name != "text"])
+        raise UserError(f"--data={options.data} is neither a file or folder nor a data set; {names}")
     other = dict(dataset=options.data, text="") if known else dict(dataset="text", text=options.data)
     other |= dict(packages=False, shards=1)
-    return data.open_dataset(dataclasses.replace(config, **other), opened.tokenizer)
+    return data.open_dataset(changed(config, **other), opened.tokenizer)
 
 
 def summary(model, dataset, place, count):

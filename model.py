@@ -19,7 +19,7 @@ import posenc
 from core import additions
 from core.attention import attend
 from core.cache import Cache, Call, Memory, Past, Slots, pieces
-from core.errors import require
+from core.errors import require, require_range
 from core.norms import RMSNorm
 
 
@@ -57,14 +57,14 @@ class GPTConfig:
     dropout: float = 0.0  # on embeddings, attention weights and block outputs
 
     def __post_init__(self):
-        require(self.qk_scale > 0, f"qk_scale must be above 0, not {self.qk_scale}")
-        for key in ("train_length", "n_layer", "n_head", "n_embd"):
-            require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
-        for key in ("original_length", "vocab_size", "n_kv_head", "n_hidden", "norm_eps", "logit_softcap", "init_std"):
-            require(getattr(self, key) >= 0, f"{key} must not be negative")
+        require_range(self, "in 1 ... 10^4", "n_layer")
+        require_range(self, "in 1 ... 10^8", "train_length", "n_head", "n_embd")
+        require_range(self, "in 0 ... 10^8", "original_length", "vocab_size", "n_kv_head", "n_hidden")
+        require_range(self, "0 or more", "norm_eps", "logit_softcap", "init_std")
+        require_range(self, "in 0 ... 1 and below 1", "dropout")
         require(self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         require(self.n_head % self.kv_heads == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head")
-        require(0 <= self.dropout < 1, f"dropout must lie in 0 ... 1, not {self.dropout}")
+        require(0 < self.qk_scale < math.inf, f"qk_scale must be above 0, not {self.qk_scale}")
         members = posenc.members(self.posenc)
         posenc.build(members, min(self.n_layer, len(members)), **self.sizes)  # ValueError for what cannot be built
 
@@ -308,7 +308,8 @@ def draw(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < kept[:, -1:], -math.inf)
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
-        tail = ordered.cumsum(-1) - ordered >= top_p  # the likeliest token always stays
+        tail = ordered.cumsum(-1) - ordered >= top_p
+        tail[:, 0] = False  # the likeliest token always stays, also for a top_p that float32 rounds to 0
         logits = logits.masked_fill(tail.scatter(-1, order, tail), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 

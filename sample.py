@@ -20,7 +20,7 @@ import torch
 import posenc
 from core import place as places
 from core import runs
-from core.errors import UserError, require, require_range, run
+from core.errors import UserError, note, require, require_range, run
 from core.flags import flags, make
 from core.measure import windowed_losses
 from core.settings import Reading
@@ -47,9 +47,11 @@ class Options(Reading):
 
     def __post_init__(self):
         super().__post_init__()
-        require_range(self, "0 or more", "tokens", "temperature", "top_k", "crop")
+        require_range(self, "0 or more", "temperature", "top_k", "crop")
         require_range(self, "in 0 ... 1 and above 0", "top_p")
-        require_range(self, "at least 1", "samples")
+        require_range(self, "in 0 ... 2^63 - 1", "tokens")
+        require_range(self, "in 1 ... 10^4", "samples")
+        require_range(self, "in -2^63 ... 2^64 - 1", "seed")
         require(not (self.crop and self.window), "--crop and --window exclude each other")
         whole = not (self.crop or self.window)
         require(whole or not self.compile, "--compile keeps the whole context: leave out --window and --crop")
@@ -168,7 +170,7 @@ def main(argv):
     opened, *as_trained = runs.open_runs(paths[0], overrides, place.device)
     model, config, tokenizer = opened.model, opened.config, opened.tokenizer
     if not posenc.derives(config.posenc, opened.trained):
-        print(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense", file=sys.stderr)
+        note(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense")
     T, count = config.train_length, options.tokens or 8 * config.train_length
     prompt = [*vocabulary.begin(tokenizer), *tokenizer.encode_ordinary(options.prompt)] or [tokenizer.eot_token]
     options.check_model(model)
@@ -183,7 +185,7 @@ def main(argv):
         Stream(tokenizer).write(text, final=True)
 
     made = sum(len(text) - len(prompt) for text in texts)
-    print("\n\n" + dim(f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s"))
+    print("\n\n" + dim(f"{made} token{'s' * (made != 1)} in {seconds:.1f} s, {made / seconds:.0f} tokens/s"))
     if made:
         judge = as_trained[0].model if as_trained else model
         losses = [windowed_losses(judge, torch.tensor([text]), T, max(1, T // 2), place)[0].tolist() for text in texts]

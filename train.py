@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from core import flags, optimizers, report, runs
 from core import place as places
-from core.errors import UserError, run
+from core.errors import UserError, brief, command, out_of_memory, run
 from core.measure import batches, validation_loss
 from core.place import Place
 from core.settings import Config
@@ -86,6 +86,8 @@ def start(config, place, tokenizer, dataset):
             scaler.load_state_dict(state["scaler"])
     elif config.init_from:
         base = runs.load(config.init_from)
+        if place.main:
+            runs.note_progress(config.init_from, base)
         runs.check_tokenizer(tokenizer, base)
         runs.load_weights(model, base, fresh=True)
 
@@ -230,8 +232,9 @@ def prepare(training, log):
         training.forward = DistributedDataParallel(training.forward, device_ids=ids)
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     log.say(
-        f"{config.out_dir}: {parameters / 1e6:.2f} M parameters, {config.posenc}, {dataset.size} training tokens "
-        f"({config.dataset}, {config.tokenizer}), {place.world} x {place.hardware}, {place.dtype_name}"
+        f"{config.out_dir}: {parameters / 1e6:.2f} M parameters, {brief(config.posenc)}, "
+        f"{dataset.size} training tokens ({config.dataset}, {config.tokenizer}), "
+        f"{place.world} x {place.hardware}, {place.dtype_name}"
     )
 
 
@@ -307,14 +310,14 @@ def next_command(config, model, dataset):
     """The command that shows what the run has learned."""
     if dataset.masks:
         prompt, tokens = dataset.prompt(config.train_length)
-        more = " --temperature=0 --stop"
+        more = ["--temperature=0", "--stop"]
     else:
         prompt = "def " if config.dataset == "python" else ""
         tokens = max(1, min(8 * config.train_length, model.max_length - 8))
         # A run in segments learned to have so many tokens behind it.
-        more = f" --window={config.train_length}" if config.segments > 1 else ""
-    prompt = f' --prompt="{prompt}"' if prompt else ""
-    return f"python sample.py {config.out_dir}{prompt} --tokens={tokens}{more}"
+        more = [f"--window={config.train_length}"] if config.segments > 1 else []
+    prompt = [f"--prompt={prompt}"] if prompt else []
+    return command("sample.py", Path(config.out_dir), *prompt, f"--tokens={tokens}", *more)
 
 
 def main(argv):
@@ -322,11 +325,12 @@ def main(argv):
     place = places.choose(config.device, config.dtype)
     try:
         status = train(config, place)
-    except RuntimeError as error:  # CUDA has a class for it, MPS and the CPU do not
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
         now = config.micro_batch_size or config.batch_size // place.world
-        raise UserError(f"out of memory: lower --micro_batch_size (now {now}); gradients accumulate") from None
+        less = f"lower --micro_batch_size (now {now}; gradients accumulate), or take a smaller model"
+        raise UserError(f"out of memory: {less}") from None
     if dist.is_initialized():  # after an error the others would report the lost connection instead of it
         dist.destroy_process_group()
     return status

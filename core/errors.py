@@ -1,10 +1,13 @@
 """A mistake the user can mend is one clear line on stderr and exit status 2, never a traceback."""
 
 import difflib
+import math
 import os
+import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 
 PATIENCE = 10  # seconds in which torchrun has certainly ended the processes that another one left alone
 
@@ -19,9 +22,16 @@ def require(condition, message):
         raise ValueError(message)
 
 
-RANGES = {  # a range in words -> whether a number lies in it; not-a-number lies in none
-    "at least 1": lambda x: x >= 1,
-    "0 or more": lambda x: x >= 0,
+RANGES = {  # a range in words -> whether a number lies in it; infinity and not-a-number lie in none
+    "at least 1": lambda x: 1 <= x < math.inf,
+    "0 or more": lambda x: 0 <= x < math.inf,
+    "in 1 ... 10^4": lambda x: 1 <= x <= 10**4,  # of what is made one by one, such as layers
+    "in 1 ... 10^6": lambda x: 1 <= x <= 10**6,  # of what is listed, such as rows of a batch
+    "in 0 ... 10^6": lambda x: 0 <= x <= 10**6,
+    "in 1 ... 10^8": lambda x: 1 <= x <= 10**8,  # of what is multiplied: a matrix then has a size in 64 bits
+    "in 0 ... 10^8": lambda x: 0 <= x <= 10**8,
+    "in 0 ... 2^63 - 1": lambda x: 0 <= x < 2**63,  # of what becomes an integer of a tensor
+    "in -2^63 ... 2^64 - 1": lambda x: -(2**63) <= x < 2**64,  # of what seeds torch's generators
     "in 0 ... 1": lambda x: 0 <= x <= 1,
     "in 0 ... 1 and below 1": lambda x: 0 <= x < 1,
     "in 0 ... 1 and above 0": lambda x: 0 < x <= 1,
@@ -35,6 +45,11 @@ def require_range(settings, words, *keys):
         require(RANGES[words](value), f"{key} must be {words}, not {value}")
 
 
+def count(number, noun):
+    """A number of things in words: '1 run', '1,024 runs'."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def nearest(word, known, cutoff=0.6):
     """'did you mean X?', or all that is known where nothing is as similar as `cutoff` (0 ... 1)."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
@@ -42,16 +57,50 @@ def nearest(word, known, cutoff=0.6):
 
 
 def brief(value, width=200):
-    """A value as text of at most `width` characters, the middle of longer ones left out."""
+    """A value as text of `width` signs or so, the middle of longer ones left out. What a terminal would obey (escapes,
+    marks of direction) is spelled out."""
     text = str(value)
-    return text if len(text) <= width else f"{text[: width * 2 // 3]} ... {text[-width // 4 :]}"
+    text = text if len(text) <= width else f"{text[: width * 2 // 3]} ... {text[-width // 4 :]}"
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def line_of(error):
-    """What a UserError or an OSError says, as one line. No word of it is longer than `brief` lets it be."""
+    """What a UserError, an OSError or a text says, as one line. Each word of it is as `brief` leaves it."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         error = f"{error.filename}: {error.strerror}"
-    return brief(" ".join(map(brief, str(error).split())), 1500)
+    # Spaces inside a line stay, as they may be part of a file's name.
+    text = " ".join(filter(None, map(str.strip, str(error).splitlines())))
+    return brief(" ".join(map(brief, text.split(" "))), 1500)
+
+
+def note(text):
+    """Say what is no mistake, but not what a user expects: one line on stderr."""
+    print(line_of(text), file=sys.stderr)
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory is used up: CUDA and numpy have classes for it, MPS and the CPU do not."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
+# Commands that a user is told to type.
+
+
+def no_flag(path):
+    """A path as a word of a command line, where one that begins with a dash would be a flag."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
+def pasted(*words):
+    """The words as a line to be pasted into a shell, whatever they hold. A Path among them is no flag."""
+    return shlex.join(no_flag(word) if isinstance(word, Path) else str(word) for word in words)
+
+
+def command(script, *words):
+    """The line that runs one of our scripts, such as "sample.py", from where the running one was started."""
+    beside = Path(os.path.dirname(sys.argv[0]), script)  # not so where that is a file of lab/ or hub/
+    return pasted("python", beside if beside.is_file() else script, *words)
 
 
 def program():
@@ -71,6 +120,8 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Flushing at exit would fail again.
         sys.exit(0)
     except Exception as error:
+        if out_of_memory(error):
+            error = UserError("out of memory: take less at once, or a smaller model")
         mistake, rank = isinstance(error, UserError | OSError), int(os.environ.get("LOCAL_RANK", "0"))
         # Under torchrun one process of each machine speaks, and when it leaves, torchrun ends the others, which wait
         # here. A mistake of another process alone is said after that wait, and a connection that was lost because the

@@ -9,14 +9,18 @@ import ast
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import typing
+import warnings
 from pathlib import Path
 from typing import Literal
 
-from core.errors import UserError, nearest
+from core.errors import UserError, brief, nearest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+HOME = Path(__file__).parent.parent  # the folder of train.py and of configs/
+MOST = 1 << 20  # bytes of a config file
 
 
 # Reading literals.
@@ -29,31 +33,59 @@ class Lowercase(ast.NodeTransformer):
         return ast.Constant(node.id == "true") if node.id in ("true", "false") else node
 
 
+def parsed(text, mode="exec"):
+    """Python's text -> its tree, which is never run. ValueError with the line where it is no Python."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of \d in a text, say
+            return ast.parse(text, mode=mode)
+    except SyntaxError as error:
+        raise ValueError(f"line {error.lineno or 1}: {error.msg}") from None
+    except (RecursionError, MemoryError):  # for thousands of nested signs
+        raise ValueError("nested too deeply") from None
+
+
 def literal(node):
-    """The value of a parsed expression, which is never run. ValueError for anything but a literal."""
+    """The value of a parsed expression, which is never run. ValueError for anything but a literal, OverflowError for a
+    number beyond reason."""
     for part in ast.walk(node):
         if isinstance(part, ast.BinOp):
             raise ValueError("arithmetic is not computed here; write the number, such as 512 for 4 * 128")
         value = getattr(part, "value", None)
         if type(value) in (int, float) and not abs(value) < 1e30:
-            raise ValueError("numbers go to 1e30")
+            raise OverflowError("numbers go to 1e30")
     try:
         return ast.literal_eval(Lowercase().visit(node))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError("not a literal (a number, text in quotes, True, a list, a dict)") from None
+
+
+def find(path):
+    """The config file that a word names: by its path, or where there is nothing by its path beside train.py. UserError
+    for what is no file."""
+    try:
+        file = HOME / path if not Path(path).exists() and (HOME / path).is_file() else Path(path)
+        if file.is_file():
+            return file
+        what = "a folder" if file.is_dir() else "a pipe or a device" if file.exists() else ""
+    except (OSError, ValueError) as error:  # The name is too long, or no name.
+        raise UserError(f"no config file {brief(path)}: {getattr(error, 'strerror', None) or error}") from None
+    if what:
+        raise UserError(f"{path} is {what} and no config file")
+    known = [f"configs/{file.name}" for file in sorted((HOME / "configs").glob("*.py"))]
+    raise UserError(f"no config file {path}; {nearest(f'configs/{file.stem}.py', known, cutoff=0.8)}")
 
 
 def read(path, cls):
     """A config file -> {key: value}, checked against the fields of the dataclass cls."""
+    file = find(path)
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = [f"configs/{file.name}" for file in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))]
-        raise UserError(f"no config file {path}; {nearest(str(path), known)}") from None
+        if file.stat().st_size > MOST:
+            raise UserError(f"{path} is no config file: it has {file.stat().st_size:,} bytes")
+        tree = parsed(file.read_text(encoding="utf-8-sig"))  # Windows' editor puts a mark before UTF-8
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read config file {path}: {error}") from None
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path} is not a config file: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no config file: {error}") from None
     settings = {}
     for node in tree.body:
         where = f"{path}, line {node.lineno}"
@@ -64,7 +96,7 @@ def read(path, cls):
         key = node.targets[0].id
         try:
             value = literal(node.value)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(f"{where}: {key}: {error}") from None
         settings[key] = convert(value, key, cls, where)
     return settings
@@ -95,8 +127,8 @@ def convert(value, key, cls, where):
     if typing.get_origin(hint) is Literal:
         # The type is compared too, since 1 == True.
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
-            expected = ", ".join(str(choice) for choice in allowed)
-            raise UserError(f"{where}: {key} is {value!r}; choose from {expected}")
+            meant = nearest(str(value), list(map(str, allowed)))
+            raise UserError(f"{where}: {key} is {value!r}; {meant}")
         return value
     if float in allowed and type(value) is int:
         return float(value)
@@ -116,9 +148,11 @@ def convert_flag(text, key, cls):
     if hint is str or (str in typing.get_args(hint) and not text.lstrip().startswith(("[", "("))):
         return text
     try:
-        value = literal(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two for thousands of nested signs
+        value = literal(parsed(text.strip(), mode="eval").body)
+    except ValueError:
         value = text
+    except OverflowError as error:
+        raise UserError(f"--{key}: {error}") from None
     return convert(value, key, cls, f"--{key}")
 
 
@@ -141,11 +175,14 @@ def flags(argv, cls):
         kind = functools.partial(convert_flag, key=field.name, cls=cls)
         parser.add_argument(f"--{field.name}", action=action, type=kind)
     settings, positional = parser.parse_known_args(words)
+    keys = [field.name for field in dataclasses.fields(cls)]
     for word in positional:
         if word.startswith("--"):
             field_type(word[2:].partition("=")[0], cls, word)
         elif word.startswith("-"):
             raise UserError(f"{word} has one dash; write -{word}")
+        elif "=" in word and word.partition("=")[0].replace("-", "_") in keys and not os.path.exists(word):
+            raise UserError(f"{word} has no dashes; write --{word}")
     return positional, vars(settings)
 
 
@@ -193,6 +230,11 @@ def make(cls, settings):
         return cls(**settings)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def changed(settings, **changes):
+    """A copy of a dataclass with other values for some of its fields; what does not fit together is a UserError."""
+    return make(type(settings), vars(settings) | changes)
 
 
 def help_text(cls):

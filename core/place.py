@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core.errors import UserError
+from core.errors import UserError, count
 
 # Peak of dense bfloat16 products in FLOP/s, from the vendor's data sheets.
 PEAK = {
@@ -91,7 +91,7 @@ class Place:
         """The hardware in words."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"{cpu_name()}, {torch.get_num_threads()} threads"
+        return f"{cpu_name()}, {count(torch.get_num_threads(), 'thread')}"
 
     @property
     def peak(self):
@@ -132,12 +132,13 @@ def find_device(name, world, local_rank):
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
+    # torch keeps an index in 8 bits: cuda:256 would be cuda:0.
+    if device is None or str(device) != name or device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device={name}: choose from auto, cpu, cuda, cuda:1, mps")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank if world > 1 else device.index or 0)
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+            raise UserError(f"--device={name}: this machine has {count(torch.cuda.device_count(), 'CUDA device')}")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device={name}: this machine has no MPS")
     if device.type == "mps" and world > 1:

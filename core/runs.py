@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import posenc
 from core import files, report
-from core.errors import UserError, nearest
+from core.errors import UserError, brief, command, nearest, note, pasted
 from core.flags import make
 from core.place import Neighbours
 from core.settings import Config
@@ -110,11 +110,11 @@ def find(run):
             return path / name
     if not path.exists():
         beside = sorted(str(folder.parent) for folder in Path("out").glob(f"*/{CKPT}"))
-        hint = nearest(str(run), beside) if beside else "train one with python train.py configs/rope.py"
+        hint = nearest(str(run), beside) if beside else f"train one with {command('train.py', 'configs/rope.py')}"
         raise UserError(f"no run {run}; {hint}")
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
-        raise UserError(f"{run} holds a published model and no run; name it hf:{run}")
-    raise UserError(f"{run} holds no checkpoint ({CKPT}); train one with python train.py configs/rope.py")
+        raise UserError(f"{run} holds a published model and no run; name it {pasted(f'{PUBLISHED}{run}')}")
+    raise UserError(f"{run} holds no checkpoint ({CKPT}); train one with {command('train.py', 'configs/rope.py')}")
 
 
 def load(run):
@@ -169,9 +169,9 @@ def instead_of(path):
         return f"remove {path.parent}, and it is made again from the published model"
     previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
     if path.name == CKPT and previous.exists():
-        return f"go back to the one before: mv {previous} {path}"
+        return f"go back to the one before: {pasted('mv', previous, path)}"
     if path.name != BEST and best.exists():
-        return f"the run's best weights are in {best}: go on from them with --init_from={best} and another --out_dir"
+        return f"go on from the run's best weights with {pasted(f'--init_from={best}')} and another --out_dir"
     return "train it anew, with another --out_dir"
 
 
@@ -313,8 +313,8 @@ def open_runs(run, overrides, device="cpu"):
     """A run folder, checkpoint file or published model -> [Run], one for each of the overrides of its `posenc`. On the
     CPU they share their weights, until one is changed."""
     state, opened = load(run), []
-    trained = state["config"]["posenc"]
-    tokenizer = vocabulary.load(state["config"]["tokenizer"])
+    note_progress(run, state)
+    trained, tokenizer = state["config"]["posenc"], vocabulary.load(state["config"]["tokenizer"])
     check_tokenizer(tokenizer, state)
     for override in overrides:
         config = config_of(state, posenc=merge_posenc(trained, override))
@@ -324,6 +324,12 @@ def open_runs(run, overrides, device="cpu"):
         model = model.to(device).eval()
         opened.append(Run(run, model, config, tokenizer, state.get("data_checksum", ""), state["step"], trained))
     return opened
+
+
+def note_progress(run, state):
+    """Say where a run stands that is not finished. A published model, which is at step 0, never was a run."""
+    if 0 < state["step"] < state["config"]["max_steps"]:
+        note(f"{run} is at step {state['step']} of {state['config']['max_steps']}")
 
 
 def names(paths):
@@ -342,8 +348,8 @@ class Log:
         self.path, self.main, self.start = Path(folder) / "metrics.jsonl", place.main, start
         self.neighbours = Neighbours()
         self.bar = tqdm(
-            initial=step, total=max_steps, desc=Path(folder).name, disable=not self.main or step >= max_steps,
-            mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True,
+            initial=step, total=max_steps, desc=brief(Path(folder).name, 60), dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10, disable=not self.main or step >= max_steps,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )  # fmt: skip
         if self.main:

@@ -59,10 +59,11 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_range(self, "at least 1", "max_steps", "batch_size", "segments", "shards", "eval_interval")
-        require_range(self, "at least 1", "eval_tokens", "log_interval", "checkpoint_interval")
-        require_range(self, "0 or more", "seed", "micro_batch_size", "length_targets")
-        require_range(self, "0 or more", "learning_rate", "weight_decay", "grad_clip")
+        require_range(self, "at least 1", "max_steps", "eval_interval", "log_interval", "checkpoint_interval")
+        require_range(self, "at least 1", "eval_tokens", "segments", "shards")
+        require_range(self, "in 1 ... 10^6", "batch_size")
+        require_range(self, "in 0 ... 10^6", "micro_batch_size", "length_targets")
+        require_range(self, "0 or more", "seed", "learning_rate", "weight_decay", "grad_clip")
         require_range(self, "in 0 ... 1", "warmup", "decay", "final_lr")
         require_range(self, "in 0 ... 1 and below 1", "beta1", "beta2", "momentum")
         levels = self.schedule == "cosine" or self.warmup + self.decay <= 1
@@ -121,7 +122,7 @@ class Reading:
     dtype: Dtype = "auto"  # of products; auto is bfloat16 on CUDA, float16 on older CUDA, else float32
 
     def __post_init__(self):
-        require_range(self, "0 or more", "window", "sinks")
+        require_range(self, "in 0 ... 10^8", "window", "sinks")
         require(self.window or not self.sinks, "--sinks needs a --window")
 
     def check_model(self, model):

@@ -154,6 +154,8 @@ def texts_of(sources: list[str], options: Options) -> list[str]:
     out = Path(options.out)
     if options.vocab_size < 257:
         raise UserError(f"--vocab_size={options.vocab_size} is too small: 256 bytes and the end-of-text token make 257")
+    if options.vocab_size > 10**8:
+        raise UserError(f"--vocab_size={options.vocab_size} is more than any text has words; take 4096, say")
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: there is no folder {out.parent}")
     if out.is_dir():

@@ -113,6 +113,7 @@ class Task:
         least = min(length for _, length in config.phases)
         for wrong, message in (
             (config.tokenizer != "bytes", "is spelt in characters; take --tokenizer=bytes"),
+            (config.eval_tokens > 10**8, "makes the examples it is measured on; take --eval_tokens=32768"),
             (config.segments > 1, "has no text behind its examples; take --segments=1"),
             (least < self.shortest, f"needs {self.shortest} characters, not {least}; take a longer --train_length"),
         ):

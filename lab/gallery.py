@@ -25,7 +25,7 @@ from core import flags as configs
 from core import place as places
 from core import report, runs
 from core.encoding import Pairs
-from core.errors import require, run
+from core.errors import require, require_range, run
 from core.settings import Config
 from data import tasks, vocabulary
 from lab import tables
@@ -54,8 +54,7 @@ class Gallery(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("rounds", "decode_tokens", "targets"):
-            require(getattr(self, key) >= 1, f"--{key} must be at least 1, not {getattr(self, key)}")
+        require_range(self, "in 1 ... 10^6", "rounds", "decode_tokens", "targets")
         require(self.dataset not in tasks.TASKS, f"the gallery reads text, and dataset={self.dataset} is a task")
 
 

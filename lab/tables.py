@@ -75,7 +75,8 @@ def table(records, key=None):
     key = key or headline(records)
     title, cells = TABLES[key][0], cells_of(records, key)
     if key in ("exact", "loss"):
-        title += f", {' or '.join(map(str, sorted({record['windows'] for record in records.values()})))} windows"
+        counts = sorted({record["windows"] for record in records.values()})
+        title += f", {' or '.join(map(str, counts))} window{'s' * (counts != [1])}"
     if key == "loss":
         held = {name: holds_to(record) for name, record in records.items()}
         cells += [((name,), "holds to", f"{at:.3g} T" if at else "") for name, at in held.items()]

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from core import runs
-from core.errors import UserError
+from core.errors import UserError, no_flag
 from core.settings import Config
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,7 @@ def measured(workers, run, step, checksum, *flags):
     """{name: record} of the run, which is at `step`: those in RUN/reach, where the same call of evaluate.py left them
     after the run's checkpoint was written, or new ones. UserError where the run is at another step."""
     folder = run / "reach"
-    argv = [str(run), *flags, f"--out_dir={folder}"]
+    argv = [no_flag(run), *flags, f"--out_dir={folder}"]
 
     def read():
         command, records, written = left(folder)

@@ -241,10 +241,10 @@ def test_a_process_of_its_own_is_another_and_memory_is_in_mib():
 @pytest.mark.parametrize(
     ("command", "words", "says"),
     [
-        ("__main__", ["--rounds=0"], "--rounds must be at least 1"),
+        ("__main__", ["--rounds=0"], "rounds must be in 1"),
         ("__main__", ["--table=nowhere/t.md"], "there is no folder nowhere"),
         ("__main__", ["--only=rop"], "did you mean 'rope'"),
-        ("__main__", ["--decode_tokens=0"], "--decode_tokens must be at least 1"),
+        ("__main__", ["--decode_tokens=0"], "decode_tokens must be in 1"),
         ("before", [], "name a checkout of an earlier commit; usage: python -m lab.bench.before FOLDER"),
         ("before", ["nowhere"], "git worktree add"),
         ("growth", [], "usage: python -m lab.bench.growth PREFIX"),

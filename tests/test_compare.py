@@ -171,7 +171,7 @@ def test_mistakes_are_one_line(call_script, tmp_path, trained):
         (["nowhere.py"], "no config file nowhere.py"),
         (["rope", "rope"], "two are called"),
         (["rope", "--posenc=none"], "--posenc"),
-        (["rope", "--seeds=0"], "at least 1"),
+        (["rope", "--seeds=0"], "seeds must be in 1"),
         (["rope", "--common=nowhere.py"], "no config file nowhere.py"),
         (["rope", "--learning_rat=1"], "learning_rate"),
         (["rope", f"--out_dir={trained}"], "is a run"),

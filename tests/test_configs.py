@@ -1,18 +1,29 @@
 """Config files and flags: how they merge and convert, that they are never executed, and one clear line per mistake."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
+import os
+import random
 import re
+import typing
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from tiny import TINY
 
+import compare
+import evaluate
 import sample
 from core import flags as configs
-from core.errors import UserError
+from core import runs
+from core.errors import UserError, line_of
 from core.settings import Config
+from data import bpe
+from lab import gallery
+from lab.bench import timing
 
 
 def merged(argv):
@@ -225,7 +236,8 @@ def test_numbers_beyond_reason_are_refused_at_once(write, number):
     for key in ("n_layer", "learning_rate"):
         file = write(f"{key} = {number}")
         assert mistake(merged, [file]).startswith(f"{file}, line 1: ")
-        assert mistake(merged, [f"--{key}={number}"]).startswith(f"--{key}: ")
+        told = mistake(merged, [f"--{key}={number}"])
+        assert told.startswith(f"--{key}: ") and ("numbers go to 1e30" in told or not number.lstrip("-").isdigit())
 
 
 # Mistakes.
@@ -348,8 +360,184 @@ def test_what_is_no_python_text_is_refused(write, content):
     assert write(content) in mistake(merged, [write(content)])
 
 
-def test_a_folder_is_no_config_file(tmp_path):
-    assert str(tmp_path) in mistake(merged, [str(tmp_path)])
+def test_python_that_is_none_is_named_with_file_and_line(write):
+    for line, said in (
+        ("n_layer = = 2", "invalid syntax"),
+        ("n_layer = 2\n  n_head = 2", "indent"),
+        ("a = 'b", "literal"),
+    ):
+        file = write(f"n_embd = 32\n{line}\n")
+        where = f"{file} is no config file: line {2 + line.count(chr(10))}: "
+        told = mistake(merged, [file])
+        assert told.startswith(where) and said in told and "unknown" not in told
+
+
+def test_a_file_of_windows_editor_is_read(write):
+    assert configs.parse([write(b"\xef\xbb\xbfn_layer = 2\r\n")], Config)[1] == {"n_layer": 2}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.py")
+    os.symlink("pipe.py", "link.py")
+    os.symlink("loop.py", "loop.py")
+    Path("folder.py").mkdir()
+    with open("huge.py", "wb") as file:
+        file.truncate(1 << 40)
+    for word in (
+        "pipe.py",
+        "link.py",
+        "loop.py",
+        "folder.py",
+        "huge.py",
+        "/dev/zero",
+        "a" * 100_000,
+        "a/" * 10_000,
+        "\0",
+    ):
+        assert "config file" in mistake(merged, [word])
+
+
+# From another folder.
+
+
+def test_a_config_file_that_is_not_here_is_the_one_beside_train_py(tmp_path, monkeypatch, call_script):
+    monkeypatch.chdir(tmp_path)
+    assert merged(["configs/rope.py", "configs/quick.py"]) == merged(
+        [str(ROOT / "configs" / f) for f in ("rope.py", "quick.py")]
+    )
+    done = call_script("compare.py", "configs/rope.py", "none", "--common=configs/gpt2.py", "--n_head=5")
+    assert done.stderr == "compare.py: n_embd (768) must be a multiple of n_head (5)\n"  # both of the files were read
+    Path("configs").mkdir()
+    Path("configs/rope.py").write_text("n_layer = 9\n")
+    assert merged(["configs/rope.py"])[1] == {"n_layer": 9}
+
+
+def test_words_that_are_nearly_right_say_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("seed=3").mkdir()
+    for word, said in (
+        ("rope", "did you mean 'configs/rope.py'?"),
+        ("configs/rope", "did you mean 'configs/rope.py'?"),
+        ("rop.py", "did you mean 'configs/rope.py'?"),
+        ("max_steps=5", "write --max_steps=5"),
+        ("max-steps=5", "write --max-steps=5"),
+        ("seed=3", "seed=3 is a folder and no config file"),
+        ("--dataset=wikitext", "did you mean 'wikitext2'?"),
+        ("--dataset=tinyshakespeare", "did you mean 'shakespeare'?"),
+        ("--optimizer=adam", "did you mean 'adamw'?"),
+    ):
+        assert said in mistake(merged, [word]), word
+    assert configs.flags(["seed=3"], sample.Options) == (["seed=3"], {})  # a run's folder may have such a name
+
+
+# However odd it is.
+
+DEEP = [
+    "[",
+    "(",
+    "{1:",
+    "-",
+    "not ",
+    "~",
+    "lambda:",
+    "1+",
+    "f(",
+    "x.",
+    "'",
+    "\\",
+    "9",
+    "a=",
+    "rope(inner=",
+    "1 if ",
+    "x[",
+]
+
+
+@pytest.mark.parametrize("many", [199, 7_000])
+@pytest.mark.parametrize("sign", DEEP)
+def test_what_is_nested_deeply_or_long_is_one_line_without_a_warning(write, sign, many, recwarn):
+    told = [
+        mistake(merged, [write(f"length_schedule = {sign * many}1")]),
+        mistake(merged, [f"--length_schedule={sign * many}1"]),
+    ]
+    told += [mistake(merged, [word]) for word in (f"--{sign * many}=1", f"-{sign * many}", f"--dataset={sign * many}")]
+    assert all(len(line_of(UserError(text))) <= 1500 for text in told)
+    assert not recwarn.list
+
+
+def test_python_does_not_warn_of_what_is_only_read(write, recwarn):
+    for text in ("'\\d'", "1if 2else 3", "0x1for x in []", "'a' is 'b'"):
+        mistake(merged, [write(f"n_layer = {text}")])
+        mistake(merged, [f"--n_layer={text}"])
+    assert not recwarn.list
+
+
+PIECES = [*"-='\"\\#;:,()[]{}~é \n\0\ufeff\udcff\u202e", "--", "\\d", "\x1b[2J", "9" * 5000, "a" * 9999, "None", "true"]
+PIECES += ["nan", "1e999", "1_0", "0x", "lambda:", "f'{x}'", "rope(", "inner=", "%s", "../", "auto"]
+
+
+def test_generated_flags_and_files_are_settings_or_one_harmless_line(write, recwarn, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    rng, refused = random.Random(0), 0
+    keys = [field.name for field in dataclasses.fields(Config)]
+    for _ in range(100):
+        key, value = rng.choice([*keys, rng.choice(PIECES)]), "".join(rng.choices(PIECES, k=rng.choice([1, 1, 2, 5])))
+        file = write(f"{key} = {value}".encode("utf-8", "surrogatepass"))
+        for word in (f"--{key}={value}", value, file):
+            try:
+                configs.make(Config, configs.parse([word], Config)[1])
+            except UserError as error:
+                line, refused = line_of(error), refused + 1
+                assert line.isprintable() and len(line) <= 1500
+    assert refused > 230 and not recwarn.list
+
+
+# Numbers without reason.
+
+# These whole numbers may be as large as a flag can be: nothing is as large as they say, or it is refused for what else
+# is set. Every other one has an upper bound.
+ANY = {
+    "train": {
+        "max_steps",
+        "eval_interval",
+        "log_interval",
+        "checkpoint_interval",
+        "eval_tokens",
+        "segments",
+        "shards",
+        "seed",
+    },
+    "sample": {"top_k", "crop"},
+    "data.bpe": {"vocab_size"},
+}
+OPTIONS = {
+    "train": Config, "sample": sample.Options, "evaluate": evaluate.Options, "compare": compare.Compare,
+    "lab.gallery": gallery.Gallery, "lab.bench": timing.Bench, "data.bpe": bpe.Options,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_every_whole_number_has_an_upper_bound_or_needs_none(script):
+    cls, needed = OPTIONS[script], {"dataset": "fineweb"} if script == "train" else {}
+    free = ANY.get(script, ANY["train"] if issubclass(cls, Config) else set())
+    unbounded = set()
+    for field in dataclasses.fields(cls):
+        if typing.get_type_hints(cls)[field.name] is int:
+            with contextlib.suppress(UserError):
+                configs.make(cls, needed | {field.name: 10**29} | ({"window": 1} if field.name == "sinks" else {}))
+                unbounded.add(field.name)
+    assert unbounded <= free
+
+
+def test_numbers_that_need_no_bound_are_used(call_script, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Log, "draw", lambda self: None)
+    huge = dict.fromkeys(ANY["train"] - {"max_steps", "segments", "shards"}, 10**29)
+    settings = TINY | {"text": corpus, "data_dir": corpus.parent / "data", "max_steps": 1, "length_targets": 0} | huge
+    done = call_script("train.py", *(f"--{key}={value}" for key, value in settings.items()), "--out_dir=out")
+    assert done.returncode == 0, done.stderr
+    assert call_script("sample.py", "out", "--tokens=2", f"--top_k={10**29}").returncode == 0
 
 
 def test_empty_config_file_changes_nothing(write):
@@ -410,6 +598,13 @@ def test_length_schedule_gives_the_phases():
 )
 def test_length_schedule_that_cannot_be_run(schedule):
     assert "length_schedule" in mistake(lambda: make(length_schedule=schedule, train_length=128, batch_size=6))
+
+
+@pytest.mark.parametrize("length", [10**8 + 1, 2**31, 2**63, 10**29])
+def test_lengths_to_measure_have_a_bound(length):
+    said = mistake(configs.make, evaluate.Options, {"lengths": [16, length]})
+    assert "in 2 ... 10^8 that rise" in said
+    assert "train_length must be in 1 ... 10^8" in mistake(lambda: timing.variant(Config(), "rope", length))
 
 
 # Help.

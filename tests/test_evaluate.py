@@ -67,7 +67,7 @@ def test_the_command_refuses_in_one_line(trained, learned, call_script, tmp_path
         ([], "which runs"),
         (["nowhere"], "no run nowhere"),
         ([trained, "--target=3"], "'targets'"),
-        ([trained, "--targets=0"], "at least 1"),
+        ([trained, "--targets=0"], "targets must be in 1"),
         ([trained, "--picture=nowhere/a.png"], "no folder nowhere"),
         ([trained, "--table=nowhere/a.md"], "no folder nowhere"),
         ([trained, f"--table={trained}"], "is a folder"),

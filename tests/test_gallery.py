@@ -74,7 +74,7 @@ def test_the_command_trains_measures_and_writes_the_page_and_goes_on_from_there(
 def test_mistakes_are_one_line(call_script):
     for words, said in (
         (["--only=rpe"], "did you mean 'rope'"),
-        (["--rounds=0"], "rounds must be at least 1"),
+        (["--rounds=0"], "rounds must be in 1 ... 10^6, not 0"),
         (["--dataset=copy"], "reads text"),
         (["--growth=a"], "unknown key 'growth'"),
     ):

@@ -100,6 +100,11 @@ def imports(module):
         yield from ((name, node, where) for name in names if name in SOURCES)
 
 
+def is_main(node):
+    """Whether a statement is `if __name__ == "__main__": ...`."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
 def allowed(module):
     """What a module may import: by its own name, or by that of the nearest folder with a star."""
     folders = [module.rsplit(".", count)[0] + ".*" for count in range(1, module.count(".") + 1)]
@@ -167,6 +172,28 @@ def test_training_loads_no_laboratory_no_hub_and_no_library_of_theirs():
         cwd=ROOT, env=ENV, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     assert not {name.partition(".")[0] for name in said} & set(strangers)
+
+
+def test_a_file_that_is_run_by_its_path_finds_the_package_core():
+    """`python lab/gallery.py` looks beside gallery.py first, and `python -m lab.gallery` never does."""
+    commands = [SOURCES[module] for module, tree in TREES.items() if any(map(is_main, tree.body))]
+    folders = {file.parent for file in commands} - {ROOT}
+    assert folders >= {ROOT / "lab", ROOT / "lab" / "bench", ROOT / "hub", ROOT / "data"}
+    code = "import sys; sys.path[0] = sys.argv[1]; import core.start, core.errors as found; print(found.__file__)"
+    for folder in folders:
+        words = [sys.executable, "-c", code, str(folder)]
+        said = subprocess.run(words, cwd=folder, env=ENV, capture_output=True, text=True, check=True).stdout
+        assert said.strip() == str(ROOT / "core" / "errors.py"), folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file", ["train.py", "lab/gallery.py", "lab/bench", "lab/bench/race.py", "hub/export.py", "data/bpe.py"]
+)
+def test_a_command_runs_by_its_path_from_anywhere(file, tmp_path):
+    words = [sys.executable, ROOT / file, "--help"]
+    done = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: python ")
 
 
 def test_the_evening():

@@ -2,13 +2,20 @@
 
 import os
 import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from small import dataset
 
 import sample
 from core import runs
 from data import vocabulary
+from model import draw
+from train import next_command
 
 T = 16  # of the run that `trained` makes
 
@@ -100,7 +107,16 @@ def test_a_learned_encoding_past_its_table_names_the_choices(learned, call_scrip
         (["--sinks=4"], "needs a --window"),
         (["--compile", "--window=4"], "leave out --window"),
         (["--top_p=0"], "top_p"),
+        ([f"--seed={2**64}"], r"seed must be in -2\^63"),
+        ([f"--seed={-(2**63) - 1}"], r"seed must be in -2\^63"),
+        (["--seed=1e29"], r"seed must be in -2\^63"),
+        (["--samples=1e9"], "samples must be in 1"),
+        (["--tokens=1e29"], "tokens must be in 0"),
+        (["--window=1e29"], "window must be in 0"),
+        (["--temperature=nan"], "temperature"),
         (["--device=tpu"], "choose from auto"),
+        (["--device=cuda:128"], "choose from auto"),
+        (["--device=cuda:256"], "choose from auto"),
     ],
 )
 def test_mistakes_are_one_line(trained, call_script, flags, said):
@@ -108,6 +124,59 @@ def test_mistakes_are_one_line(trained, call_script, flags, said):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert re.search(said, done.stderr), done.stderr
+
+
+def test_numbers_at_the_ends_of_their_ranges_work(trained, call_script):
+    text = lambda *flags: call_script("sample.py", trained, "--tokens=8", *flags).stdout.partition(" tokens in ")[0]  # noqa: E731
+    likeliest = text("--temperature=0")
+    assert likeliest.endswith("\n\n8")
+    for flag in ("--top_p=1e-300", "--top_p=5e-324", "--top_k=1", "--temperature=1e-300", "--temperature=-0.0"):
+        assert text(flag) == likeliest, flag
+    for flag in (f"--seed={2**64 - 1}", f"--seed={-(2**63)}", "--temperature=1e29", "--top_k=1e29", "--tokens=8"):
+        assert text(flag).endswith("\n\n8"), flag
+
+
+def test_the_likeliest_token_stays_whatever_top_p_is():
+    logits = torch.tensor([[0.0, 2.0, 1.0, -torch.inf], [3.0, 3.0, -1.0, 0.0]])
+    for top_p in (5e-324, 1e-300, 1e-46, 1e-8, 0.2):
+        drawn = draw(logits, 1.0, 0, top_p, torch.Generator().manual_seed(0))
+        assert drawn[0] == 1 and drawn[1] in (0, 1)
+
+
+def test_a_run_that_is_not_finished_says_where_it_is(trained, call_script, tmp_path):
+    for step, said in ((12, "run is at step 12 of 24\n"), (24, "")):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        torch.save(runs.load(trained) | {"step": step}, tmp_path / "run" / "ckpt.pt")
+        for script, *flags in (("sample.py", "--tokens=1"), ("evaluate.py", "--targets=1", "--lengths=8")):
+            done = call_script(script, "run", *flags)
+            assert (done.returncode, done.stderr) == (0, said)
+
+
+# What is told can be typed.
+
+
+@pytest.mark.parametrize("folder", ["two  spaces", "it's", "$HOME", "--tokens=3", "é日", "a\nb"])
+def test_the_command_that_a_run_ends_with_can_be_pasted(trained, call_script, tmp_path, folder):
+    shutil.copytree(trained, tmp_path / folder)
+    opened = runs.open_run(trained)
+    opened.config.out_dir, opened.config.dataset = folder, "python"
+    python, script, *words = shlex.split(next_command(opened.config, opened.model, dataset([9])))
+    assert (python, script) == ("python", "sample.py") and words[1:] == ["--prompt=def ", "--tokens=128"]
+    done = call_script(script, *words[:2], "--tokens=1")
+    assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
+
+
+@pytest.mark.parametrize("folder", ["two  spaces", "it's", "$HOME", "-x"])
+def test_the_way_out_of_a_damaged_checkpoint_can_be_pasted(trained, call_script, tmp_path, folder):
+    shutil.copytree(trained, tmp_path / folder)
+    checkpoint, previous = tmp_path / folder / "ckpt.pt", tmp_path / folder / "ckpt_prev.pt"
+    checkpoint.write_bytes(b"")
+    told = call_script("sample.py", f"./{folder}", "--tokens=1").stderr
+    subprocess.run(shlex.split(told.strip().partition("the one before: ")[2]), cwd=tmp_path, check=True)
+    assert checkpoint.stat().st_size and not previous.exists()
+    checkpoint.write_bytes(b"")
+    told = call_script("sample.py", f"./{folder}", "--tokens=1").stderr
+    assert Path(shlex.split(told.partition("best weights with ")[2])[0]) == Path(f"--init_from={folder}/best.pt")
 
 
 def test_a_missing_run_names_the_nearest(trained, call_script):

@@ -179,6 +179,7 @@ def test_every_row_has_a_seed_of_its_own_and_validation_has_none_of_trainings(mo
     [
         ({"tokenizer": "bpe"}, "--tokenizer=bytes"),
         ({"segments": 2}, "--segments=1"),
+        ({"eval_tokens": 10**12}, "--eval_tokens=32768"),
         ({"train_length": 41}, "passkey needs 42 characters, not 41"),
         ({"train_length": 64, "length_schedule": {0.0: 32, 0.5: 64}}, "passkey needs 42 characters, not 32"),
     ],

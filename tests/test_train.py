@@ -88,7 +88,7 @@ def test_a_finished_run_says_so_and_changes_nothing(trained, corpus):
     again = run(corpus, out)
     assert "finished" in again.stdout
     assert ", float32\n" in again.stdout
-    assert f"python sample.py {out} --tokens=128\n" in again.stdout  # a prompt of Python is for Python alone
+    assert f"/sample.py {out} --tokens=128\n" in again.stdout  # a prompt of Python is for Python alone
     assert "%" not in again.stderr  # no progress where there is none to make
     assert before == ((out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text())
 

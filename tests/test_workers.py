@@ -2,6 +2,7 @@
 
 import functools
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +49,13 @@ def test_results_come_by_key_and_the_first_failure_ends_the_others(start):
     with pytest.raises(UserError, match="the last"):
         crew.all(jobs)
     assert time.monotonic() - began < 30 and not crew.running
+
+
+def test_a_folder_whose_name_begins_with_a_dash_is_measured(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-x").mkdir()
+    (tmp_path / "-x" / "ckpt.pt").touch()
+    (tmp_path / "evaluate.py").write_text(SCRIPTS["say.py"])
+    with pytest.raises(UserError, match="is not at step 3"):
+        workers.measured(start(), Path("-x"), 3, "")
+    assert (tmp_path / "-x-reach.log").read_text().startswith("./-x --out_dir=-x/reach ")

@@ -10,7 +10,6 @@ its cell empty and a line below the tables that says why; so does one that was n
 import core.start  # noqa: F401  # isort: skip
 
 import contextlib
-import dataclasses
 import gc
 import io
 import statistics
@@ -21,7 +20,7 @@ from typing import ClassVar
 
 import torch
 
-from core import errors, report, runs
+from core import errors, flags, report, runs
 from core import place as places
 from core.errors import UserError, require
 from lab.bench import others, timing
@@ -222,8 +221,8 @@ def tables(options, place):
     attempt, names = Attempts(), timing.chosen(options.only) if options.only else NAMES
     flops, bandwidth = machine(place, options.rounds)
     # AdamW here as in nanoGPT: every micro batch has its update, of which Muon's would be the longer.
-    config = dataclasses.replace(variant(options, "rope", options.train_length), optimizer="adamw")
-    small = dataclasses.replace(config, n_layer=LAYERS)
+    config = flags.changed(variant(options, "rope", options.train_length), optimizer="adamw")
+    small = flags.changed(config, n_layer=LAYERS)
     parts = [
         machine_table(place, flops, bandwidth),
         training_table(config, place, attempt, flops),

@@ -8,13 +8,12 @@ means twice as much for twice the size; it is that of the last step, where what 
 
 import core.start  # noqa: F401  # isort: skip
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from core import errors, report
+from core import errors, flags, report
 from core import place as places
 from core.errors import UserError
 from lab.bench import timing
@@ -43,7 +42,7 @@ class Options(Decoding):
 def grown(base, size, factor):
     """The config of training when a size has grown; for a context the arguments of timing's `decoding_memory`."""
     if trained(size):
-        return [dataclasses.replace(base, **{size: factor * getattr(base, size)})]
+        return [flags.changed(base, **{size: factor * getattr(base, size)})]
     T = base.train_length
     return [base, factor * T, base.decode_tokens, T if size == WINDOWED else None]
 
@@ -75,7 +74,7 @@ def measure(options, prefix):
     """Lines of Markdown, a row for every size; and two pictures, whose names begin with the prefix."""
     if not Path(prefix).parent.is_dir():
         raise UserError(f"{prefix}: there is no folder {Path(prefix).parent} for the pictures")
-    base = dataclasses.replace(options, batch_size=4, micro_batch_size=0, length_schedule={})
+    base = flags.changed(options, batch_size=4, micro_batch_size=0, length_schedule={})
     names = {size: "training" if trained(size) else "decoding" for size in GROWTH}
     costs = {"memory": {size: memory(base, size) for size in GROWTH}}  # It comes first, while this process is small.
     costs["time"] = {size: seconds(base, size) for size in GROWTH}

@@ -1,7 +1,6 @@
 """The parts that all benchmarks share: a training step and a decoder to be timed, taking turns, and peaks of memory."""
 
 import concurrent.futures
-import dataclasses
 import multiprocessing
 import os
 import statistics
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from core import flags, report, runs
 from core import place as places
 from core.cache import Cache, pieces
-from core.errors import UserError, nearest, require
+from core.errors import UserError, nearest, pasted, require, require_range
 from core.optimizers import make as make_optimizers
 from core.settings import Config
 from data import vocabulary
@@ -35,7 +34,7 @@ class Rounds:
     table: str = ""  # also write the table to this Markdown file, with what made it
 
     def __post_init__(self):
-        require(self.rounds >= 1, f"--rounds must be at least 1, not {self.rounds}")
+        require_range(self, "in 1 ... 10^6", "rounds")
         folder = Path(self.table).parent
         require(folder.is_dir(), f"--table={self.table}: there is no folder {folder}")
 
@@ -49,7 +48,7 @@ class Decoding(Rounds, Config):
     def __post_init__(self):
         Rounds.__post_init__(self)
         Config.__post_init__(self)
-        require(self.decode_tokens >= 1, f"--decode_tokens must be at least 1, not {self.decode_tokens}")
+        require_range(self, "in 1 ... 10^6", "decode_tokens")
 
 
 @dataclass
@@ -84,7 +83,7 @@ def command(argv, cls, measure, subject="", files=(), on_cpu=False):
     if options.table:
         place = places.choose("cpu") if on_cpu else places.choose(options.device, options.dtype)
         program, precision = cls.usage.split()[2], {} if on_cpu else {"dtype": place.dtype_name}
-        made_by = " ".join(["python -m", program, *argv])
+        made_by = pasted("python", "-m", program, *argv)
         report.write_table(options.table, program.rpartition(".")[2], lines, made_by, place, **precision)
 
 
@@ -100,7 +99,7 @@ def chosen(only):
 def variant(config, name, length):
     """The config with another encoding and context, at the same number of tokens at once."""
     rows = max(1, (config.micro_batch_size or config.batch_size) * config.train_length // length)
-    return dataclasses.replace(
+    return flags.changed(
         config, posenc=name, train_length=length, batch_size=rows, micro_batch_size=0, length_schedule={}
     )
 
@@ -135,7 +134,7 @@ def decoder(config, place, context, count, window=None):
     Without a window every call begins at the same context. Encodings whose positions end are read as they go on.
     """
     spec = ENCODINGS[config.posenc].unbounded if config.posenc in ENCODINGS else None
-    model = runs.build(dataclasses.replace(config, posenc=spec or config.posenc), place.device).eval()
+    model = runs.build(flags.changed(config, posenc=spec or config.posenc), place.device).eval()
     context = min(context, model.max_length - count)
     tokens = torch.randint(config.vocab_size, (1, context), device=place.device)
     cache = Cache(window, total=context + count)
