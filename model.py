@@ -62,11 +62,11 @@ class GPTConfig:
         require_range(self, "in 0 ... 10^8", "original_length", "vocab_size", "n_kv_head", "n_hidden")
         require_range(self, "0 or more", "norm_eps", "logit_softcap", "init_std")
         require_range(self, "in 0 ... 1 and below 1", "dropout")
+        require_range(self, "above 0", "qk_scale")
         require(self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         require(self.n_head % self.kv_heads == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head")
-        require(0 < self.qk_scale < math.inf, f"qk_scale must be above 0, not {self.qk_scale}")
-        members = posenc.members(self.posenc)
-        posenc.build(members, min(self.n_layer, len(members)), **self.sizes)  # ValueError for what cannot be built
+        each = min(self.n_layer, len(posenc.members(self.posenc)))
+        posenc.build(self.posenc, each, **self.sizes)  # ValueError for what cannot be built
 
     @property
     def kv_heads(self):
@@ -103,8 +103,7 @@ class Attention(nn.Module):
 
     def forward(self, x, encoding, call):
         """x (B, M, C) -> (B, T, C): the call's T tokens, which are the last of M where a memory lies before them."""
-        B, M, C = x.shape
-        T = len(call.pos)
+        (B, M, C), T = x.shape, len(call.pos)
         qkv = self.qkv(x).view(B, M, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, M, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         q, x_now = q[:, :, M - T :], x[:, M - T :]
@@ -180,9 +179,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, temper) for layer, temper in tempers)
         self.posenc = nn.ModuleList(posenc.build(config.posenc, config.n_layer, **config.sizes))
         sights = posenc.sights(config.posenc, config.n_layer)
-        self.trained_sights = list(dict.fromkeys(sights))  # the different ones
-        self.sight_of = [self.trained_sights.index(sight) for sight in sights]  # of every layer
-        self.narrow(1.0)
+        self.sights = self.trained_sights = list(dict.fromkeys(sights))  # the different ones
+        self.sight_of = [self.sights.index(sight) for sight in sights]  # of every layer
         self.norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:

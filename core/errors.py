@@ -24,6 +24,7 @@ def require(condition, message):
 
 RANGES = {  # a range in words -> whether a number lies in it; infinity and not-a-number lie in none
     "at least 1": lambda x: 1 <= x < math.inf,
+    "above 0": lambda x: 0 < x < math.inf,
     "0 or more": lambda x: 0 <= x < math.inf,
     "in 1 ... 10^4": lambda x: 1 <= x <= 10**4,  # of what is made one by one, such as layers
     "in 1 ... 10^6": lambda x: 1 <= x <= 10**6,  # of what is listed, such as rows of a batch
