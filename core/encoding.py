@@ -342,6 +342,7 @@ def derives(spec, base):
     """Whether a value of the flag names the encodings of another, whatever their arguments, or such as derive from them
     (rerope from rope): those may take over its weights and arguments."""
     new, old = ([parse(text)[0] for text in members(value)] for value in (spec, base))
+    old = old * len(new) if len(old) == 1 else old  # A list may give each layer what all of them had.
     return len(new) == len(old) and all(map(issubclass, new, old))
 
 

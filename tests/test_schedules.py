@@ -5,9 +5,10 @@ import math
 import pytest
 import small
 import torch
-from tiny import bound, sums
+from tiny import bound, command, sums
 
 import posenc
+from core import runs
 from core.additions import TEMPERS
 from core.cache import Cache, Memory, Past, Slots
 from core.encoding import Sight
@@ -382,6 +383,27 @@ def test_a_list_of_the_same_length_is_laid_over_member_by_member():
     spec = ["rope(window=8)", "rope(window=8)", "none"]
     assert posenc.merge(spec, ["", 'rope(scaling="yarn")', ""]) == [spec[0], "rope(scaling='yarn', window=8)", "none"]
     assert posenc.merge(spec, ["rope", "alibi"]) == ["rope", "alibi"]
+
+
+def test_init_from_adds_windows_and_gates_and_gives_positions_up(learned, trained, corpus, tmp_path, call_script):
+    """What is new begins where it changes nothing; what the encoding learned stays."""
+    added = {"gate": "elementwise", "short_conv": True, "learn_qk_scale": True, "init_from": trained, "max_steps": 1}
+    for name, spec in (("windows", ["rope(window=16)", "rope"]), ("fewer", ["rope(window=4)", "none"])):
+        done = call_script("train.py", *command(corpus, tmp_path / name, posenc=spec, **added)[2:])
+        assert done.returncode == 0, done.stderr
+    model = runs.build(runs.config_of(runs.load(trained)), initial=False)
+    state = runs.load(trained)
+    runs.load_weights(model, state)
+    wide = runs.build(runs.config_of(state, posenc=["rope(window=4)", "rope"], gate="head", short_conv=True))
+    narrow = runs.build(runs.config_of(state, posenc=["rope(window=4)", "rope"]))
+    for each in (wide, narrow):
+        runs.load_weights(each, state, fresh=True)
+    tokens, rounding = torch.randint(50, (2, 16)), bound(torch.float32, sums(wide.config, 16), scale=LOGIT)
+    assert torch.allclose(wide.eval()(tokens), narrow.eval()(tokens), rtol=0, atol=rounding)
+    state = runs.load(learned)
+    kept = runs.build(runs.config_of(state, posenc=["learned(window=4)", "learned"]))
+    runs.load_weights(kept, state, fresh=True)
+    assert torch.equal(kept.state_dict()["posenc.0.weight"], state["model"]["posenc.0.weight"])
 
 
 def test_log_n_at_test_time_is_for_models_without_a_temper():
