@@ -41,7 +41,7 @@ class Options(Reading):
     top_p: float = 1.0  # draw from the likeliest tokens that hold this share of the probability
     samples: int = 1  # texts at once; the first is streamed
     seed: int = 1337  # of the draws
-    stop: bool = False  # let the end-of-text token be drawn, and end there
+    stop: bool = False  # let the tokens that end a text be drawn, and end there
     crop: int = 0  # no cache: re-encode the last CROP tokens for every token; slow, and never past the training length
     compile: bool = False  # compile first, which takes a while, for faster tokens after
 
@@ -68,7 +68,7 @@ class Stream:
     def __init__(self, tokenizer, length=None):
         self.tokenizer, self.length, self.written = tokenizer, length, 0
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.silent = {tokenizer.eot_token, *vocabulary.begin(tokenizer)}
+        self.silent = {*vocabulary.ends(tokenizer), *vocabulary.begin(tokenizer)}
 
     def write(self, ids, final=False):
         """Print the text of these ids; with `final`, of a character that they leave unfinished too."""
@@ -102,10 +102,10 @@ def check(options, model, prompt, count):
 def write_texts(model, tokenizer, prompt, count, options, place):
     """Continue `prompt` by `count` tokens, or to an end of text, in options.samples ways; the first is streamed.
     Returns the ids of each, prompt included, and the seconds it took. Ctrl-C ends them where they are."""
-    end, config = tokenizer.eot_token, model.config
+    ends, config = set(vocabulary.ends(tokenizer)), model.config
     # Some ids stand for no text: those that pad the vocabulary, and special tokens.
-    silent = [token for token, text in enumerate(vocabulary.token_bytes(tokenizer)) if not text]
-    silent += range(tokenizer.n_vocab, config.vocab_size)
+    silent = {token for token, text in enumerate(vocabulary.token_bytes(tokenizer)) if not text}
+    silent |= {*range(tokenizer.n_vocab, config.vocab_size)}
     if options.compile:
         model.to(place.dtype)  # The compiled model would convert every weight for every token.
     forward, why_not = places.compiled(model, options.compile, place, decoding=True)
@@ -121,11 +121,11 @@ def write_texts(model, tokenizer, prompt, count, options, place):
             for new in generate(
                 model, tokens, count, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
                 seed=options.seed, window=options.window or None, sinks=options.sinks, log_n=options.log_n,
-                crop=options.crop or None, forbidden=[token for token in silent if token != end or not options.stop],
+                crop=options.crop or None, forbidden=silent - ends if options.stop else silent | ends,
                 compiled=None if forward is model else forward,
             ):  # fmt: skip
                 for index, token in enumerate(new.tolist()):
-                    if token == end:
+                    if token in ends:
                         going.discard(index)
                     elif index in going:
                         texts[index].append(token)

@@ -8,15 +8,14 @@ they were published in. A tensor that is missing, left over or of another shape 
 
 import functools
 import hashlib
-import json
 import re
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 
 from core import files, runs
-from core.errors import UserError
+from core.errors import UserError, brief
 from core.settings import Config
 from data import vocabulary
 from hub.families import FAMILIES, relaid, settings_of, skeleton, theirs
@@ -28,12 +27,14 @@ try:
 except ImportError:  # They are an extra, requirements-hf.txt.
     tokenizer_json = None
 
-FORMAT = 1  # of the runs that are made here: under another number they are made anew
+FORMAT = 2  # of the runs that are made here: under another number they are made anew
 OUT = Path("out/hf")  # where the runs made from published models lie
 PATIENCE = 10  # seconds for the first answer of the server
 CONFIG, TOKENIZER = "config.json", vocabulary.FILE
+GENERATION = "generation_config.json"  # It can name more tokens that end a text.
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = (CONFIG, TOKENIZER, "model*.safetensors", INDEX)
+NAME_A_FOLDER = f"name a folder with {', '.join(FILES)}"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NO_WEIGHTS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # of older writers
 
@@ -87,7 +88,7 @@ def record(source):
     read, and the index of the tensors."""
     index = weight_map(source)
     stats = {}
-    for name in sorted({CONFIG, TOKENIZER, *(index.values() or {WEIGHTS})}):
+    for name in sorted({CONFIG, TOKENIZER, GENERATION, tokenizer_json.END, *(index.values() or {WEIGHTS})}):
         path = source / name
         stats[name] = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
     return {"format": FORMAT, "folder": str(source.resolve()), "files": stats, "index": index}
@@ -95,17 +96,14 @@ def record(source):
 
 def convert(source, folder):
     """Make the run folder from the source folder."""
-    recorded, cfg = record(source), read_json(source / CONFIG)
+    recorded, cfg = record(source), tokenizer_json.read_object(source / CONFIG, NAME_A_FOLDER)
     try:
-        config = Config(**settings_of(cfg), tokenizer=TOKENIZER)
-    except (UserError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        with torch.device("meta"):  # The sizes are not known to fit the weights yet.
+            config = Config(**settings_of(cfg), tokenizer=TOKENIZER)
+    except (UserError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{source / CONFIG}: {error}") from None
-    tokenizer = tokenizer_json.Tokenizer(source / TOKENIZER, cfg.get("eos_token_id"))
-    if tokenizer.n_vocab > config.vocab_size:
-        raise UserError(
-            f"{source / TOKENIZER} has {tokenizer.n_vocab} tokens, and config.json's vocab_size is "
-            f"{config.vocab_size}: they do not belong together"
-        )
+    tokenizer = tokenizer_json.load(source / TOKENIZER)
+    check_vocabulary(tokenizer, config.vocab_size)
     checkpoint = {"model": weights(source, cfg, config), "step": 0, "config": runs.plain(config)}
     checkpoint["tokenizer_fingerprint"] = vocabulary.fingerprint(tokenizer)
     # The record of the source is written last: until then a kill leaves a folder that the next try fills anew. Other
@@ -117,6 +115,17 @@ def convert(source, folder):
     runs.write_json(folder / CONFIG, checkpoint["config"])
     runs.save(folder, runs.CKPT, checkpoint)
     runs.write_json(folder / runs.SOURCE, recorded)
+
+
+def check_vocabulary(tokenizer, rows):
+    """UserError for a tokenizer with more tokens than the table of embeddings has rows."""
+    count = tokenizer.n_vocab
+    if count > rows:
+        raise UserError(
+            f"{tokenizer.path} has {count} tokens, and {CONFIG}'s vocab_size is {rows}: take those from id {rows} on "
+            f"out, or with transformers give the model a row for each: model.resize_token_embeddings({count}); "
+            "model.save_pretrained(FOLDER)"
+        )
 
 
 # Finding a source.
@@ -148,7 +157,8 @@ def download(name):
     except Exception as error:  # It passes on what it meets in the network, in HTTP and on the disk.
         refused = error
     try:
-        return Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=refused is not None))
+        wanted = [*FILES, GENERATION]
+        return Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=refused is not None))
     except Exception as error:
         said = " ".join(str(refused or error).split()) or type(refused or error).__name__
         raise UserError(
@@ -160,26 +170,18 @@ def download(name):
 # Reading its files.
 
 
-def read_json(path):
-    """The object in a JSON file of the source. UserError for what is missing or damaged."""
-    if not path.exists():
-        raise UserError(f"{path.parent} has no {path.name}; name a folder with {', '.join(FILES)}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object")
-    return value
-
-
 def weight_map(source):
-    """{tensor: the file it is in} where the weights lie in several files; {} without an index of them."""
-    if not (source / INDEX).exists():
+    """{tensor: the file it is in} where the weights lie in several files; {} where they lie in one, which goes before
+    an index that an earlier version of the model left behind. UserError for an index that leads out of the folder."""
+    if (source / WEIGHTS).exists() or not (source / INDEX).exists():
         return {}
-    index = read_json(source / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+    index = tokenizer_json.read_object(source / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
         raise UserError(f"{source / INDEX} has no weight_map from tensors to files; download it again")
+    for file in index.values():
+        path = PureWindowsPath(file)  # It knows the separators and roots of all systems.
+        if path.anchor or ".." in path.parts or not path.name or "\0" in file or len(file) > 255:
+            raise UserError(f"{source / INDEX} names {brief(file)!r}, no file in its folder; download it again")
     return index
 
 
@@ -189,13 +191,14 @@ def open_weights(source):
     if not index and not (source / WEIGHTS).exists():
         raise UserError(f"{source} has neither {WEIGHTS} nor {INDEX}; other formats can run code and are not read")
     for name in sorted(set(index.values())) or [WEIGHTS]:
-        if not (source / name).exists():
-            raise UserError(f"{source} lacks {name}, which {INDEX} names; download it again")
+        tokenizer_json.require_file(source / name, f"{f'{INDEX} names it; ' if index else ''}download it again")
         try:
             file = safe_open(source / name, "pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{source / name} is damaged, perhaps cut short ({error}); download it again") from None
-        opened |= dict.fromkeys(file.keys(), file)
+        # Where several files hold a tensor, the index says whose it is.
+        held = file.keys()
+        opened |= {tensor: file for tensor in held if index.get(tensor, name) == name}
     for tensor in index.keys() - opened.keys():
         raise UserError(f"{source / index[tensor]} lacks {tensor}, which {INDEX} says is in it; download it again")
     return opened
@@ -205,6 +208,9 @@ def weights(source, cfg, config):
     """{our name: tensor}, in the dtype of the files. UserError for what is missing, left over, or of another shape than
     config.json says."""
     family, opened, state, used = FAMILIES[cfg["model_type"]], open_weights(source), {}, set()
+    if config.n_layer > len(opened):
+        layers = f"config.json asks for {config.n_layer} layers, and the files have {len(opened)} tensors"
+        raise UserError(f"{source}: {layers}: they do not belong together")
     for name, empty in skeleton(config).items():
         if name == "head.weight" and config.tie_embeddings:
             state[name] = state["token.weight"]
