@@ -99,13 +99,23 @@ def check(options, model, prompt, count):
         )
 
 
+def never_drawn(tokenizer, vocab_size, stop):
+    """The set of ids that are not drawn: those that stand for no text, as special tokens and what pads a vocabulary to
+    `vocab_size` do, and those that end a text, unless `stop` lets them. UserError where no others are left."""
+    ends = set(vocabulary.ends(tokenizer))
+    silent = {token for token, text in enumerate(vocabulary.token_bytes(tokenizer)) if not text}
+    silent |= {*range(tokenizer.n_vocab, vocab_size)}
+    forbidden = silent - ends if stop else silent | ends
+    if len(forbidden) == vocab_size:
+        raise UserError("all tokens of this vocabulary end a text or stand for none: there is nothing to draw")
+    return forbidden
+
+
 def write_texts(model, tokenizer, prompt, count, options, place):
     """Continue `prompt` by `count` tokens, or to an end of text, in options.samples ways; the first is streamed.
     Returns the ids of each, prompt included, and the seconds it took. Ctrl-C ends them where they are."""
-    ends, config = set(vocabulary.ends(tokenizer)), model.config
-    # Some ids stand for no text: those that pad the vocabulary, and special tokens.
-    silent = {token for token, text in enumerate(vocabulary.token_bytes(tokenizer)) if not text}
-    silent |= {*range(tokenizer.n_vocab, config.vocab_size)}
+    ends, config = vocabulary.ends(tokenizer), model.config
+    forbidden = never_drawn(tokenizer, config.vocab_size, options.stop)
     if options.compile:
         model.to(place.dtype)  # The compiled model would convert every weight for every token.
     forward, why_not = places.compiled(model, options.compile, place, decoding=True)
@@ -121,7 +131,7 @@ def write_texts(model, tokenizer, prompt, count, options, place):
             for new in generate(
                 model, tokens, count, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
                 seed=options.seed, window=options.window or None, sinks=options.sinks, log_n=options.log_n,
-                crop=options.crop or None, forbidden=silent - ends if options.stop else silent | ends,
+                crop=options.crop or None, forbidden=forbidden,
                 compiled=None if forward is model else forward,
             ):  # fmt: skip
                 for index, token in enumerate(new.tolist()):

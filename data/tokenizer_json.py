@@ -26,11 +26,13 @@ def byte_characters():
 
 
 class Tokenizer:
-    """A tokenizer.json that answers as a tiktoken.Encoding does. `begin`: the ids that a text starts with."""
+    """A tokenizer.json that answers as a tiktoken.Encoding does.
+
+    begin: the ids that a text starts with. ends: the ids that end one, of which the first is eot_token.
+    """
 
     def __init__(self, path, ends):
-        """path: the file. ends: the ids that end a text, of which the first stands behind documents. UserError for what
-        is not whole."""
+        """path: the file. ends: the ids that end a text, as a file beside it says. UserError for what is not whole."""
         self.path, self.inner = path, open_inner(path)
         some = self.encode("a")  # and what is put around it
         self.begin = some.ids[: [*some.special_tokens_mask, 0].index(0)]

@@ -46,7 +46,7 @@ ACTIVATIONS = {
 
 def read_activation(cfg, key, usual):
     """config.json's `key`, or `usual` where it is not there -> our `activation`."""
-    name = cfg.get(key) or usual
+    name = usual if cfg.get(key) is None else cfg[key]
     if name not in list(ACTIVATIONS):
         unsupported(key, name)
     return {"activation": ACTIVATIONS[name]}

@@ -31,7 +31,6 @@ FORMAT = 2  # of the runs that are made here: under another number they are made
 OUT = Path("out/hf")  # where the runs made from published models lie
 PATIENCE = 10  # seconds for the first answer of the server
 CONFIG, TOKENIZER = "config.json", vocabulary.FILE
-GENERATION = "generation_config.json"  # It can name more tokens that end a text.
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = (CONFIG, TOKENIZER, "model*.safetensors", INDEX)
 NAME_A_FOLDER = f"name a folder with {', '.join(FILES)}"
@@ -88,7 +87,8 @@ def record(source):
     read, and the index of the tensors."""
     index = weight_map(source)
     stats = {}
-    for name in sorted({CONFIG, TOKENIZER, GENERATION, tokenizer_json.END, *(index.values() or {WEIGHTS})}):
+    about_ends = (tokenizer_json.GENERATION, tokenizer_json.END)
+    for name in sorted({CONFIG, TOKENIZER, *about_ends, *(index.values() or {WEIGHTS})}):
         path = source / name
         stats[name] = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
     return {"format": FORMAT, "folder": str(source.resolve()), "files": stats, "index": index}
@@ -122,8 +122,8 @@ def check_vocabulary(tokenizer, rows):
     count = tokenizer.n_vocab
     if count > rows:
         raise UserError(
-            f"{tokenizer.path} has {count} tokens, and {CONFIG}'s vocab_size is {rows}: take those from id {rows} on "
-            f"out, or with transformers give the model a row for each: model.resize_token_embeddings({count}); "
+            f"{tokenizer.path} has {count} tokens, and {CONFIG}'s vocab_size is {rows}: remove those from id {rows} "
+            f"on, or give the model rows for them, in transformers: model.resize_token_embeddings({count}); "
             "model.save_pretrained(FOLDER)"
         )
 
@@ -157,7 +157,7 @@ def download(name):
     except Exception as error:  # It passes on what it meets in the network, in HTTP and on the disk.
         refused = error
     try:
-        wanted = [*FILES, GENERATION]
+        wanted = [*FILES, tokenizer_json.GENERATION]
         return Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=refused is not None))
     except Exception as error:
         said = " ".join(str(refused or error).split()) or type(refused or error).__name__
@@ -220,22 +220,31 @@ def weights(source, cfg, config):
             if part not in opened:
                 raise UserError(f"{source} lacks the tensor {part}; download it again")
         used.update(names)
-        parts = [opened[part].get_tensor(part) for part in names]
+        parts = [floats(source, opened, part) for part in names]
         check_parts(source, dict(zip(names, parts, strict=True)), relaid(family, name, empty, config.n_head, back=True))
         state[name] = relaid(family, name, torch.cat(parts) if parts[1:] else parts[0], config.n_head)
     for name in sorted(opened.keys() - used):
         tied = config.tie_embeddings and [name] == theirs(family, "head.weight")
-        tied = tied and torch.equal(opened[name].get_tensor(name).float(), state["token.weight"].float())
+        tied = tied and torch.equal(floats(source, opened, name).float(), state["token.weight"].float())
         if not tied and not NO_WEIGHTS.search(name):
             raise UserError(f"{source}: the tensor {name} has no place in this {cfg['model_type']} model")
     return state
 
 
+def floats(source, opened, name):
+    """A tensor of the open files. UserError for one of another dtype than floats have."""
+    try:
+        tensor = opened[name].get_tensor(name)
+        dtype = tensor.dtype
+    except SafetensorError as error:  # of a dtype that torch has not
+        dtype = error
+    if dtype not in FLOATS:
+        raise UserError(f"{source}: {name} is of {dtype}, and quantised weights are not supported")
+    return tensor
+
+
 def check_parts(source, parts, expected):
-    """UserError unless {name: tensor}, stacked, are floats of the expected tensor's shape."""
-    first = next(iter(parts))
-    if any(part.dtype not in FLOATS for part in parts.values()):
-        raise UserError(f"{source}: {first} is of {parts[first].dtype}, and quantised weights are not supported")
+    """UserError unless {name: tensor}, stacked, are of the expected tensor's shape."""
     shape, rows = list(expected.shape), sum(part.shape[:1].numel() for part in parts.values())
     if any(part.dim() == 0 or [rows, *part.shape[1:]] != shape for part in parts.values()):
         shapes = ", ".join(f"{name} is {list(part.shape)}" for name, part in parts.items())

@@ -145,6 +145,8 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, plain, call_script, w
         ("qwen2", dict(use_sliding_window=True)),
         ("gpt_neox", dict(attention_bias=False)),
         ("gpt_neox", dict(hidden_act="silu")),
+        ("gpt_neox", dict(head_dim=12)),
+        ("gpt_neox", dict(hidden_act="")),
         ("bloom", dict(apply_residual_connection_post_layernorm=True)),
     ],
 )
@@ -286,6 +288,13 @@ def test_a_bit_of_the_header_that_flips_is_one_line_or_nothing(plain, tmp_path):
         else:
             assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
     assert len(lines) > 80 and max(map(len, lines)) < 1600
+
+
+def test_a_dtype_that_torch_has_not_is_one_line(tmp_path):
+    header = json.dumps({"x": {"dtype": "F6_E2M3", "shape": [16], "data_offsets": [0, 12]}}).encode()
+    (tmp_path / load.WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    with pytest.raises(UserError, match="F6_E2M3"):
+        load.floats(tmp_path, load.open_weights(tmp_path), "x")
 
 
 def oddly(value, generator):

@@ -463,6 +463,9 @@ def test_every_one_of_them_ends_a_text_and_without_stop_none_is_drawn(tmp_path, 
     assert lengths[False] == [51] * 8
     assert max(lengths[True]) < 51
     assert sample.Stream(opened.tokenizer).silent >= set(ends)
+    opened.tokenizer.ends = list(range(V))
+    with pytest.raises(UserError, match="there is nothing to draw"):
+        sample.never_drawn(opened.tokenizer, V, False)
 
 
 def test_a_prompt_that_is_no_utf_8_is_one_line(plain, call_script):
