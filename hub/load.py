@@ -97,6 +97,8 @@ def record(source):
 def convert(source, folder):
     """Make the run folder from the source folder."""
     recorded, cfg = record(source), tokenizer_json.read_object(source / CONFIG, NAME_A_FOLDER)
+    for name in recorded["files"]:
+        check_content(source / name)
     try:
         with torch.device("meta"):  # The sizes are not known to fit the weights yet.
             config = Config(**settings_of(cfg), tokenizer=TOKENIZER)
@@ -168,6 +170,16 @@ def download(name):
 
 
 # Reading its files.
+
+
+def check_content(path):
+    """UserError for a damaged file in the cache of huggingface_hub, whose links lead to large files that are called by
+    their SHA-256. No other folder says what its files should hold."""
+    content = path.resolve()
+    if content.is_file() and re.fullmatch("[0-9a-f]{64}", content.name):
+        with content.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != content.name:
+                raise UserError(f"{path} is damaged; remove {content}, and it is downloaded again")
 
 
 def weight_map(source):

@@ -604,6 +604,20 @@ def test_a_published_model_is_downloaded_once(hub, hub_at, tmp_path, plain, call
     )  # fmt: skip
 
 
+def test_a_bit_that_flips_in_the_cache_is_found_by_the_name_of_the_file(hub, hub_at, tmp_path, call_script):
+    hub_at(hub.server_port)
+    run = runs.find("hf:owner/tiny").parent
+    (blob,) = {path.resolve() for path in (tmp_path / "home").rglob("model.safetensors")}
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    shutil.rmtree(run)
+    refused(call_script("sample.py", "hf:owner/tiny"), "model.safetensors is damaged", f"remove {blob}")
+    blob.unlink()
+    hub_at(hub.server_port)
+    assert runs.find("hf:owner/tiny").exists()
+
+
 def test_an_older_run_finds_the_tokenizer_of_a_downloaded_model(hub, hub_at, tmp_path):
     hub_at(hub.server_port)
     state = runs.load("hf:owner/tiny")
