@@ -6,8 +6,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -214,14 +214,13 @@ def test_a_pipe_is_not_waited_for(sharded, name):
     pipe = sharded / name
     pipe.unlink(missing_ok=True)
     os.mkfifo(pipe)
-    # A reader would find its end, so that this test can fail.
-    writer = threading.Thread(target=lambda: pipe.open("wb").close(), daemon=True)
-    writer.start()
-    said = refusal(sharded)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    writer.join()
-    os.close(reader)
-    assert f"{pipe} is no regular file" in said
+    # A process that opens and closes it lets a reader go, so that this test can fail.
+    writer = subprocess.Popen(["sh", "-c", 'exec > "$0"', pipe])
+    try:
+        assert f"{pipe} is no regular file" in refusal(sharded)
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 OUTSIDE = ("../out.safetensors", "a/../../out.safetensors", "C:\\out", "C:out", "..\\out", "\\\\server\\out", "", ".")
