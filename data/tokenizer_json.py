@@ -64,7 +64,7 @@ def open_inner(path):
             f"{path.parent} has no {path.name}; save one there with transformers: tokenizer.save_pretrained"
         )
     try:
-        opened = tokenizers.Tokenizer.from_file(str(path))
+        opened = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # The library raises nothing narrower.
         raise UserError(f"{path} is damaged ({error}); download it again") from None
     opened.encode_special_tokens = True
