@@ -205,8 +205,7 @@ def train(config, place):
                 save(training, runs.CKPT)
     log.bar.close()
     if signal := stop.asked():  # Now every signal has been seen: one that comes later ends the process by itself.
-        log.say(f"stopped after step {training.step}, saved in {config.out_dir}; the same command goes on from there")
-        return 128 + signal
+        return stopped(training, log, signal)
     if finished:
         log.say(f"{config.out_dir} is finished ({training.step} steps); for more of them raise --max_steps")
     close(training, log)
@@ -284,6 +283,14 @@ def save(training, name):
             state["optimizer"] = [optimizer.state_dict() for optimizer in training.optimizers]
             state |= {"scaler": training.scaler.state_dict(), "best": training.best}
         runs.save(training.config.out_dir, name, state)
+
+
+def stopped(training, log, signal):
+    """Say where a signal has stopped the run. Returns the exit status."""
+    where = f"step {training.step}, saved in {training.config.out_dir}"
+    log.say(f"stopped after {where}; the same command goes on from there")
+    training.place.barrier()  # torchrun ends the others as soon as the first one leaves.
+    return 128 + signal
 
 
 def close(training, log):
