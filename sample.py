@@ -185,7 +185,6 @@ def main(argv):
     prompt = [*vocabulary.begin(tokenizer), *tokenizer.encode_ordinary(options.prompt)] or [tokenizer.eot_token]
     check(options, model, prompt, count)
 
-    sys.stdout.reconfigure(errors="replace")
     if options.samples > 1:
         print(dim("[--- sample 1 ---]"))
     texts, seconds = write_texts(model, tokenizer, prompt, count, options, place)
@@ -203,4 +202,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, lasting=False)

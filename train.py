@@ -27,6 +27,7 @@ from core.errors import UserError, brief, command, out_of_memory, run
 from core.measure import batches, validation_loss
 from core.place import Place
 from core.settings import Config
+from core.stop import Stop
 from data import vocabulary
 from model import GPT, derive_seed
 
@@ -172,42 +173,41 @@ def train(config, place):
     tokenizer, dataset = open_data(config, place)
     training = start(config, place, tokenizer, dataset)
     finished = training.step >= config.max_steps
-    log, stop = runs.Log(config.out_dir, place, training.step, config.max_steps, process.BEGAN), places.Stop(place)
+    log = runs.Log(config.out_dir, place, training.step, config.max_steps, process.BEGAN)
     prepare(training, log)
     windows = dataset.validation(config.train_length, max(1, config.eval_tokens // config.train_length))
     token_bytes, signal = vocabulary.byte_lengths(tokenizer), 0
 
     since, since_step = time.perf_counter(), training.step
-    while training.step < config.max_steps and not signal:
-        loss, norm = one_step(training)
-        step = training.step
-        log.bar.update()
+    with Stop(place) as stop:
+        while training.step < config.max_steps and not signal:
+            loss, norm = one_step(training)
+            step = training.step
+            log.bar.update()
 
-        # Some steps are followed by a look at the loss, an evaluation, a checkpoint. All processes agree on which.
-        signal = stop.asked()
-        last = step == config.max_steps
-        log_due = step % config.log_interval == 0
-        evaluation_due = step % config.eval_interval == 0 or last
-        checkpoint_due = step % config.checkpoint_interval == 0 or last or signal
-        if log_due or evaluation_due or checkpoint_due:
-            (loss,) = place.sum(loss.item())
-            check_finite(training, loss, norm, log)
-        if log_due:
-            tell(training, log, loss, norm, step - since_step, time.perf_counter() - since)
-            since, since_step = time.perf_counter(), step
-        if evaluation_due:
-            began = time.perf_counter()
-            validate(training, log, windows, token_bytes, micro_batch)
-            since += time.perf_counter() - began  # the speed is that of training alone
-        if checkpoint_due:
-            save(training, runs.CKPT)
+            # Some steps are followed by a look at the loss, an evaluation, a checkpoint. All processes agree on which.
+            last, signal = step == config.max_steps, stop.asked()
+            log_due = step % config.log_interval == 0
+            evaluation_due = step % config.eval_interval == 0 or last
+            checkpoint_due = step % config.checkpoint_interval == 0 or last or signal
+            if log_due or evaluation_due or checkpoint_due:
+                (loss,) = place.sum(loss.item())
+                check_finite(training, loss, norm, log)
+            if log_due:
+                tell(training, log, loss, norm, step - since_step, time.perf_counter() - since)
+                since, since_step = time.perf_counter(), step
+            if evaluation_due:
+                began = time.perf_counter()
+                validate(training, log, windows, token_bytes, micro_batch)
+                since += time.perf_counter() - began  # the speed is that of training alone
+                signal = stop.asked()  # An evaluation takes its time.
+            if checkpoint_due or signal:
+                save(training, runs.CKPT)
     log.bar.close()
-    if signal:
-        log.say(f"stopped after step {training.step}, saved in {config.out_dir}; the same command goes on from there")
-        return 128 + signal
+    if signal := stop.asked():  # Now every signal has been seen: one that comes later ends the process by itself.
+        return stopped(training, log, signal)
     if finished:
         log.say(f"{config.out_dir} is finished ({training.step} steps); for more of them raise --max_steps")
-    stop.end()
     close(training, log)
     return 0
 
@@ -283,6 +283,14 @@ def save(training, name):
             state["optimizer"] = [optimizer.state_dict() for optimizer in training.optimizers]
             state |= {"scaler": training.scaler.state_dict(), "best": training.best}
         runs.save(training.config.out_dir, name, state)
+
+
+def stopped(training, log, signal):
+    """Say where a signal has stopped the run. Returns the exit status."""
+    where = f"step {training.step}, saved in {training.config.out_dir}"
+    log.say(f"stopped after {where}; the same command goes on from there")
+    training.place.barrier()  # torchrun ends the others as soon as the first one leaves.
+    return 128 + signal
 
 
 def close(training, log):

@@ -11,7 +11,8 @@ from filelock import FileLock, Timeout
 
 @contextlib.contextmanager
 def atomic(path, mode="w"):
-    """An open file (UTF-8, unless `mode` is "wb") whose content stands at `path` once the block has ended.
+    """An open file (UTF-8, unless `mode` is "wb") whose content stands at `path` once the block has ended. What is no
+    UTF-8 in the name of another file is written as it is.
 
     It is written to the side, flushed to the disk and renamed into place: a kill leaves the old file or the new one. An
     exception in the block leaves the old one, and nothing beside it. The file's mode stays, and a link stays a link.
@@ -20,7 +21,8 @@ def atomic(path, mode="w"):
     path = os.path.realpath(path)
     part = Path(f"{path}.part")
     try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
+        with open(part, mode, **text) as file:
             yield file
             flush(file)
         if os.path.exists(path):

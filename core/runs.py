@@ -370,7 +370,7 @@ class Log:
                 stream.write(json.dumps(line) + "\n")
 
     def say(self, text):
-        """Print a line above the bar."""
+        """Print a line above the bar. Where nobody reads it any more, the run goes on (core.streams)."""
         if self.main:
             tqdm.write(text)
 

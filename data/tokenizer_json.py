@@ -89,7 +89,7 @@ def open_inner(path):
     """The tokenizers.Tokenizer of a file, to which special tokens in a text are text. UserError for a damaged one."""
     require_file(path, "save one there with transformers: tokenizer.save_pretrained")
     with refusals(f"{path} is damaged"):
-        opened = tokenizers.Tokenizer.from_file(str(path))
+        opened = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # A path need not be UTF-8.
     opened.encode_special_tokens = True
     opened.no_truncation()
     opened.no_padding()

@@ -8,6 +8,7 @@ they were published in. A tensor that is missing, left over or of another shape 
 
 import functools
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path, PureWindowsPath
@@ -79,7 +80,7 @@ def is_folder(name):
 def local_run(name):
     """Where the run made from hf:FOLDER lies. A key of the whole path tells apart folders of one name."""
     path = Path(name.removeprefix(runs.PUBLISHED)).expanduser().resolve()
-    return OUT / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    return OUT / f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def record(source):

@@ -48,7 +48,7 @@ def call_script(tmp_path, monkeypatch, capsys):
 def corpus(tmp_path_factory):
     """One long text that is no noise."""
     file = tmp_path_factory.mktemp("corpus") / "text.txt"
-    file.write_text("".join(f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(1500)))
+    file.write_text("".join(f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(1500)), encoding="utf-8")
     return file
 
 
