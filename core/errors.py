@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 PATIENCE = 10  # seconds in which torchrun has certainly ended the processes that another one left alone
 
 
@@ -109,6 +111,12 @@ def program():
     return spec.name.removesuffix(".__main__") if spec else os.path.basename(sys.argv[0])
 
 
+def end_bars():
+    """End the lines of all progress bars, so that no other line is glued to one."""
+    for bar in list(getattr(tqdm, "_instances", ())):  # tqdm has no public name for them.
+        bar.close()
+
+
 def run(main):
     """Call main(argv) of a command and exit with its status. A UserError, or what the file system refuses, is one line
     and status 2."""
@@ -120,6 +128,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Flushing at exit would fail again.
         sys.exit(0)
     except Exception as error:
+        end_bars()
         if out_of_memory(error):
             error = UserError("out of memory: take less at once, or a smaller model")
         mistake, rank = isinstance(error, UserError | OSError), int(os.environ.get("LOCAL_RANK", "0"))

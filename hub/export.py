@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 import posenc
-from core import runs
+from core import files, runs
 from core.errors import UserError, run
 from core.flags import flags, make
 from data import vocabulary
@@ -185,11 +185,14 @@ def whole(folder):
     part.mkdir(parents=True)
     try:
         yield part
+        files.flush_folder(part)
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and error.strerror:
+            raise OSError(error.errno, error.strerror, f"{folder}/{Path(error.filename or '').name}") from None
         raise
 
 
@@ -204,7 +207,7 @@ def write(folder, opened, kind, cfg):
         try:
             save_file(their_weights(opened.model, kind, written), part / load.WEIGHTS, {"format": "pt"})
         except SafetensorError as error:  # What the disk refuses comes as one too.
-            raise UserError(f"{part / load.WEIGHTS} cannot be written: {error}") from None
+            raise UserError(f"{folder / load.WEIGHTS} cannot be written: {error}") from None
         shutil.copymode(part / "config.json", part / load.WEIGHTS)  # safetensors lets its owner alone read it.
 
 

@@ -1,0 +1,198 @@
+"""Checkpoint files: written so that one is always there, read so that nothing damaged or odd is ever used."""
+
+import errno
+import math
+import os
+import pickle
+import shutil
+import warnings
+import zipfile
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from core import files, optimizers
+from core.errors import UserError, pasted, require
+from core.flags import convert, make
+from core.place import Place
+from core.settings import Config
+from model import GPT
+
+CKPT, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "best.pt"
+SOURCE = "source.json"  # in a run that hub/load.py made: which published model it was made from
+
+
+# Writing.
+
+
+def save(folder, name, state):
+    """Write a checkpoint. The latest one before it stays, as ckpt_prev.pt. At every moment ckpt.pt is a whole one."""
+    path = Path(folder) / name
+    with files.atomic(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch wraps what the disk refuses, a full one say
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        files.flush(file)
+        if name == CKPT and path.exists():
+            keep(path)
+
+
+def keep(latest):
+    """Make ckpt.pt known as ckpt_prev.pt too: as a link, or as a copy on disks that know no links."""
+    previous = latest.with_name(PREVIOUS)
+    part = previous.with_name(f"{PREVIOUS}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(os.path.realpath(latest), part)
+        os.replace(part, previous)  # which does nothing where both are one file already, and leaves `part`
+    except OSError:
+        with open(latest, "rb") as old, files.atomic(previous, "wb") as new:
+            shutil.copyfileobj(old, new, 1 << 20)
+    part.unlink(missing_ok=True)
+
+
+# Reading.
+
+
+def read(path):
+    """A checkpoint file -> its state, of tensors and plain values, whole and checked. Nothing in it can run code.
+    UserError for what is damaged or no checkpoint of ours, with what to do; OSError where the file cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file, and so no checkpoint; {instead_of(path)}")
+    mapped = path.with_name(SOURCE).exists()  # A published model can be large, and no training writes over it.
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+            require(is_whole(file), "is damaged, perhaps cut short, or no checkpoint of ours")
+            state = torch.load(str(path) if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+            return state | {"config": check(state)}
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be read: {error.strerror}", str(path)) from None
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "cannot be read: not enough memory", str(path)) from None
+    except pickle.UnpicklingError:
+        wrong = "is no checkpoint of ours: it holds more than tensors and plain values"
+    except Exception as error:  # Each of its bits is as it was written; torch raises anything for what is not ours.
+        wrong = str(error) if isinstance(error, ValueError | UserError) else f"is no checkpoint of ours: {error!r}"
+        for code in (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES):
+            if os.strerror(code) in wrong:
+                raise OSError(code, f"cannot be read: {os.strerror(code)}", str(path)) from None
+    raise UserError(f"{path} {wrong}; {instead_of(path)}")
+
+
+def is_whole(file):
+    """Whether an open file is a zip archive, as torch writes them, whose records all have the checksums (CRC-32) that
+    they were written with. torch.load asks for none."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            whole = archive.testzip() is None
+        file.seek(0)
+        return whole
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # EINVAL comes from a header that points nowhere.
+            raise
+    except MemoryError:
+        raise
+    except Exception:  # zipfile passes on what a damaged header made it meet.
+        pass
+    return False
+
+
+def instead_of(path):
+    """The way out where the checkpoint at `path` cannot be used, in words."""
+    if path.with_name(SOURCE).exists():
+        return f"remove {path.parent}, and it is made again from the published model"
+    previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
+    if path.name == CKPT and previous.exists():
+        return f"go back to the one before: {pasted('mv', previous, path)}"
+    if path.name != BEST and best.exists():
+        return f"go on from the run's best weights with {pasted(f'--init_from={best}')} and another --out_dir"
+    return "train it anew, with another --out_dir"
+
+
+# Checking what was read.
+
+NEEDED = {"model": dict, "step": int, "config": dict, "tokenizer_fingerprint": str}
+GOING_ON = {"optimizer": list, "scaler": dict, "best": float, "data_checksum": str}  # needed to go on, beside them
+NOWHERE = Place(torch.device("meta"), torch.float32)  # where tensors have shapes and no memory
+
+
+def check(state):
+    """The settings in a state, with a default for every one that it is older than. ValueError or UserError, which goes
+    on where a sentence began with the file's name, for anything in the state that no run of ours leaves."""
+    require(isinstance(state, dict), "is no checkpoint of ours: it holds no dictionary")
+    needed = NEEDED | GOING_ON if "optimizer" in state else NEEDED
+    lacking = ", ".join(key for key in needed if key not in state)
+    require(not lacking, f"is no checkpoint of ours: it lacks {lacking}")
+    for key, kind in (NEEDED | GOING_ON).items():
+        value = state.get(key)
+        fits = key not in state or (isinstance(value, kind) and not isinstance(value, bool))
+        require(fits, f"is no checkpoint of ours: its {key} is of the type {type(value).__name__}")
+    config = check_config(state["config"])
+    require(0 <= state["step"] <= config.max_steps, f"has the step {state['step']}, of {config.max_steps}")
+    check_scaler(state.get("scaler", {}))
+    require(not math.isnan(state.get("best", 0.0)), "has a best loss that is no number")
+    check_weights(state["model"])
+    blocks = {name.split(".")[1] for name in state["model"] if name.startswith("blocks.")}
+    fit = len(blocks) == config.n_layer  # else a wrong n_layer would build as many blocks before it is found
+    with NOWHERE.device:
+        model = GPT(config, None) if fit else None
+    expected = {(name, weight.shape) for name, weight in model.state_dict().items()} if fit else set()
+    odd = sorted(name for name, _ in expected ^ {(name, weight.shape) for name, weight in state["model"].items()})
+    require(fit and not odd, f"has weights that do not fit its settings ({odd[0] if odd else 'there are none'})")
+    if "optimizer" in state:
+        kept = optimizers.make(model, config, NOWHERE)
+        require(len(kept) == len(state["optimizer"]), "has the state of another optimizer")
+        for optimizer, saved in zip(kept, state["optimizer"], strict=True):
+            check_optimizer(optimizer, saved, state["step"])
+    return asdict(config)
+
+
+def check_config(saved):
+    """The Config of the settings in a state."""
+    unknown = saved.keys() - {field.name for field in fields(Config)}
+    require(not unknown, f"has settings this version does not know: {', '.join(sorted(map(str, unknown)))}")
+    converted = {key: convert(value, key, Config, "has odd settings") for key, value in saved.items()}
+    try:
+        return make(Config, converted)
+    except (UserError, TypeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"has settings that do not fit together: {error}") from None
+
+
+def check_weights(weights):
+    """ValueError for anything but {name: tensor of floats}."""
+    for name, weight in weights.items():
+        plain = isinstance(weight, torch.Tensor) and weight.layout == torch.strided and weight.device.type == "cpu"
+        require(isinstance(name, str) and plain, f"has weights that are no tensors ({name})")
+        require(weight.is_floating_point(), f"has weights of {weight.dtype} ({name})")
+
+
+def check_scaler(scaler):
+    """ValueError for what torch's GradScaler has not left; one that is without effect leaves nothing."""
+    known = torch.amp.GradScaler("cpu").state_dict()
+    numbers = all(type(value) in (int, float) and 0 <= value < math.inf for value in scaler.values())
+    fits = not scaler or (scaler.keys() == known.keys() and numbers and scaler["scale"] > 0)
+    require(fits, "has an odd scale of the loss (scaler)")
+
+
+def check_optimizer(optimizer, saved, step):
+    """ValueError for a state that was not left by an optimizer of the same parameters, after so many steps."""
+    groups = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    odd = "has an odd state of its optimizer"
+    dicts = isinstance(saved, dict) and isinstance(saved.get("state"), dict)
+    require(dicts and isinstance(saved.get("param_groups"), list), odd)
+    require(all(isinstance(group, dict) for group in saved["param_groups"]), odd)
+    require([group.get("params") for group in saved["param_groups"]] == groups, odd)
+    every = set(range(len(parameters)))
+    require(saved["state"].keys() in (set(), every), odd)  # none where each step so far overflowed float16
+    means = {"mean"} if isinstance(optimizer, optimizers.Muon) else {"exp_avg", "exp_avg_sq"}
+    for index, held in saved["state"].items():
+        require(isinstance(held, dict) and means == held.keys() - {"step"}, odd)
+        for name, value in held.items():
+            shape = () if name == "step" else parameters[index].shape
+            require(isinstance(value, torch.Tensor) and value.shape == shape, f"{odd} ({name} of parameter {index})")
+            require(value.is_floating_point() and value.layout == torch.strided, f"{odd} ({name} of {index})")
+        count = float(held.get("step", 0))
+        require(("step" in held) == ("mean" not in held) and 0 <= count <= step, f"{odd} (step of parameter {index})")
