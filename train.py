@@ -207,11 +207,8 @@ def train(config, place):
     if signal:
         log.say(f"stopped after step {training.step}, saved in {config.out_dir}; the same command goes on from there")
         return 128 + signal
-    if finished:
-        more = f"--init_from={config.out_dir} and another --out_dir" if config.length_schedule else "raise --max_steps"
-        log.say(f"{config.out_dir} is finished ({training.step} steps); for more of them {more}")
     stop.end()
-    close(training, log)
+    close(training, log, finished)
     return 0
 
 
@@ -299,12 +296,16 @@ def save(training, name):
         runs.save(training.config.out_dir, name, state)
 
 
-def close(training, log):
-    """The end of a run: loss against context, the pictures, and the command to type next."""
+def close(training, log, finished):
+    """The end of a run, which was `finished` before perhaps: loss against context, the pictures, and the command to
+    type next."""
     import evaluate  # which draws on the laboratory, and is needed here alone
 
     config, place, model, dataset = training.config, training.place, training.model, training.dataset
     out = Path(config.out_dir)
+    if finished:
+        more = f"--init_from={config.out_dir} and another --out_dir" if config.length_schedule else "raise --max_steps"
+        log.say(f"{config.out_dir} is finished ({training.step} steps); for more of them {more}")
     if config.length_targets and not evaluate.is_closed(out, training.step):
         model.eval()
         result = evaluate.summary(model, dataset, place, config.length_targets)

@@ -62,23 +62,32 @@ def read(path):
     if not path.is_file():
         raise UserError(f"{path} is no file, and so no checkpoint; {instead_of(path)}")
     mapped = path.with_name(SOURCE).exists()  # A published model can be large, and no training writes over it.
+    wrong = "is damaged, perhaps cut short, or no checkpoint of ours"
     try:
         with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
-            require(is_whole(file), "is damaged, perhaps cut short, or no checkpoint of ours")
+            require(is_whole(file), wrong)
             state = torch.load(str(path) if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-            return state | {"config": check(state)}
     except OSError as error:
-        raise OSError(error.errno, f"cannot be read: {error.strerror}", str(path)) from None
-    except MemoryError:
-        raise OSError(errno.ENOMEM, "cannot be read: not enough memory", str(path)) from None
+        raise cannot(path, error.errno) from None
     except pickle.UnpicklingError:
         wrong = "is no checkpoint of ours: it holds more than tensors and plain values"
-    except Exception as error:  # Each of its bits is as it was written; torch raises anything for what is not ours.
-        wrong = str(error) if isinstance(error, ValueError | UserError) else f"is no checkpoint of ours: {error!r}"
-        for code in (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES):
-            if os.strerror(code) in wrong:
-                raise OSError(code, f"cannot be read: {os.strerror(code)}", str(path)) from None
+    except Exception as error:  # torch passes on what it met.
+        for code in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+            if os.strerror(code) in str(error) or (code == errno.ENOMEM and isinstance(error, MemoryError)):
+                raise cannot(path, code) from None
+    else:
+        try:
+            return state | {"config": check(state)}
+        except (ValueError, UserError) as error:
+            wrong = str(error)
+        except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+            wrong = f"is no checkpoint of ours: {error}"
     raise UserError(f"{path} {wrong}; {instead_of(path)}")
+
+
+def cannot(path, code):
+    """The OSError for a file that may be whole and cannot be read."""
+    return OSError(code, f"cannot be read: {os.strerror(code)}", str(path))
 
 
 def is_whole(file):
@@ -133,14 +142,7 @@ def check(state):
     require(0 <= state["step"] <= config.max_steps, f"has the step {state['step']}, of {config.max_steps}")
     check_scaler(state.get("scaler", {}))
     require(not math.isnan(state.get("best", 0.0)), "has a best loss that is no number")
-    check_weights(state["model"])
-    blocks = {name.split(".")[1] for name in state["model"] if name.startswith("blocks.")}
-    fit = len(blocks) == config.n_layer  # else a wrong n_layer would build as many blocks before it is found
-    with NOWHERE.device:
-        model = GPT(config, None) if fit else None
-    expected = {(name, weight.shape) for name, weight in model.state_dict().items()} if fit else set()
-    odd = sorted(name for name, _ in expected ^ {(name, weight.shape) for name, weight in state["model"].items()})
-    require(fit and not odd, f"has weights that do not fit its settings ({odd[0] if odd else 'there are none'})")
+    model = skeleton(config, state["model"])
     if "optimizer" in state:
         kept = optimizers.make(model, config, NOWHERE)
         require(len(kept) == len(state["optimizer"]), "has the state of another optimizer")
@@ -153,6 +155,8 @@ def check_config(saved):
     """The Config of the settings in a state."""
     unknown = saved.keys() - {field.name for field in fields(Config)}
     require(not unknown, f"has settings this version does not know: {', '.join(sorted(map(str, unknown)))}")
+    finite = all(abs(value) < 1e30 for value in saved.values() if type(value) in (int, float))
+    require(finite, "has settings beyond 1e30")
     converted = {key: convert(value, key, Config, "has odd settings") for key, value in saved.items()}
     try:
         return make(Config, converted)
@@ -160,12 +164,25 @@ def check_config(saved):
         raise ValueError(f"has settings that do not fit together: {error}") from None
 
 
-def check_weights(weights):
-    """ValueError for anything but {name: tensor of floats}."""
+def skeleton(config, weights):
+    """The model of a Config, without memory. ValueError unless `weights` are its own, {name: tensor of floats}."""
     for name, weight in weights.items():
         plain = isinstance(weight, torch.Tensor) and weight.layout == torch.strided and weight.device.type == "cpu"
         require(isinstance(name, str) and plain, f"has weights that are no tensors ({name})")
         require(weight.is_floating_point(), f"has weights of {weight.dtype} ({name})")
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    # A million blocks would take long to build, even without memory.
+    require(len(blocks) == config.n_layer, "has weights that do not fit its settings (n_layer)")
+    try:
+        with NOWHERE.device, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes of zero
+            model = GPT(config, None)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError):
+        raise ValueError("has settings that no model can have") from None
+    shapes = [{(name, weight.shape) for name, weight in held.items()} for held in (weights, model.state_dict())]
+    wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
+    require(not wrong, f"has weights that do not fit its settings ({wrong[0] if wrong else None})")
+    return model
 
 
 def check_scaler(scaler):
@@ -184,7 +201,7 @@ def check_optimizer(optimizer, saved, step):
     dicts = isinstance(saved, dict) and isinstance(saved.get("state"), dict)
     require(dicts and isinstance(saved.get("param_groups"), list), odd)
     require(all(isinstance(group, dict) for group in saved["param_groups"]), odd)
-    require([group.get("params") for group in saved["param_groups"]] == groups, odd)
+    require(repr([group.get("params") for group in saved["param_groups"]]) == repr(groups), odd)
     every = set(range(len(parameters)))
     require(saved["state"].keys() in (set(), every), odd)  # none where each step so far overflowed float16
     means = {"mean"} if isinstance(optimizer, optimizers.Muon) else {"exp_avg", "exp_avg_sq"}
