@@ -138,7 +138,7 @@ def fits(path, old, new):
 @pytest.mark.parametrize("share", [0.05, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_whatever_is_odd_in_a_state_is_refused_in_one_place(saved, share):
     """Each value of it is replaced by others, and left out. What optimizers' groups say of themselves is not read."""
-    paths = [path for path in leaves(saved) if path[2:3] != ("param_groups",) or len(path) < 6]
+    paths = [path for path in leaves(saved) if "param_groups" not in path or path[4:5] in ((), ("params",))]
     cases = [(path, new) for path in paths for new in (*ODD, leaves)[: None if path else -1]]
     for path, new in random.Random(0).sample(cases, int(share * len(cases))):
         try:
