@@ -196,7 +196,7 @@ def pictures(folder, records, seeds=()):
 def is_whole(record):
     """Whether a record that was read from a file is one: every table can be made of it."""
     try:
-        return bool(tables({"": record}))
+        return min(record["train_length"], *record["lengths"]) > 0 and bool(tables({"": record}))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         return False
 

@@ -148,10 +148,11 @@ def left(folder):
         file = folder / name
         saved = runs.read_json(file)
         try:
-            command, commit = shlex.join(shlex.split(saved["made"]["command"])), {"commit": saved["made"]["commit"]}
+            command, commit = saved["made"]["command"], {"commit": saved["made"]["commit"]}
             records = {name: record | commit for name, record in saved["runs"].items()}
-            whole = all(tables.is_whole(record) and "step" in record for record in records.values())
-        except (LookupError, TypeError, ValueError, AttributeError):
+            known = isinstance(command, str) and isinstance(commit["commit"], str)
+            whole = known and all(tables.is_whole(record) and "step" in record for record in records.values())
+        except (LookupError, TypeError, AttributeError):
             whole = False
         if whole:
             return command, records, file.stat().st_mtime

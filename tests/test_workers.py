@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from core import runs
 from core.errors import UserError
 from lab import workers
 from lab.workers import Workers
@@ -59,3 +60,17 @@ def test_a_folder_whose_name_begins_with_a_dash_is_measured(start, tmp_path, mon
     with pytest.raises(UserError, match="is not at step 3"):
         workers.measured(start(), Path("-x"), 3, "")
     assert (tmp_path / "-x-reach.log").read_text().startswith("./-x --out_dir=-x/reach ")
+
+
+def test_odd_results_are_set_aside_and_made_again(tmp_path, capsys):
+    record = {"step": 3, "train_length": 16, "lengths": [16], "loss": [1.0], "windows": 4}
+    whole = {"made": {"command": "python evaluate.py", "commit": "abc"}, "runs": {"a": record}}
+    file = tmp_path / "results.json"
+    runs.write_json(file, whole)
+    assert workers.left(tmp_path)[:2] == ("python evaluate.py", {"a": record | {"commit": "abc"}})
+    odd = [whole | {key: value} for key in whole for value in (None, 3, [], {"a": 3}, {"a": {}})]
+    odd += [whole | {"runs": {"a": record | {key: None}}} for key in ("train_length", "lengths", "loss")]
+    for content in odd:
+        runs.write_json(file, content)
+        assert workers.left(tmp_path) == ("", {}, 0.0) and not file.exists()
+        assert capsys.readouterr().err.startswith(f"{file} is damaged: set aside as results.json.damaged")
