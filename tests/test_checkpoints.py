@@ -9,6 +9,7 @@ import math
 import os
 import random
 import resource
+import zipfile
 
 import pytest
 import torch
@@ -60,7 +61,17 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(trained, saved):
             if checkpoints.is_whole(io.BytesIO(flipped)):
                 assert same(torch.load(io.BytesIO(flipped), weights_only=True), saved), byte
                 used += 1
-    assert used < 150  # bits of padding, times and attributes are read by nobody
+    assert used < 150  # bits of padding and times are read by nobody
+
+
+def test_a_record_that_says_to_be_a_folder_is_refused(trained):
+    """torch reads nothing of it, and its tensor is then what the memory held before."""
+    whole = (trained / CKPT).read_bytes()
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        directory = archive.start_dir
+    flipped = bytearray(whole)
+    flipped[directory + 38] ^= 16  # the first entry's external attributes
+    assert checkpoints.is_whole(io.BytesIO(whole)) and not checkpoints.is_whole(io.BytesIO(flipped))
 
 
 def test_a_flipped_bit_of_a_weight_is_one_line_in_every_command(folder, call_script):
