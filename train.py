@@ -235,18 +235,6 @@ def prepare(training, log):
         f"{dataset.size} training tokens ({config.dataset}, {config.tokenizer}), "
         f"{place.world} x {place.hardware}, {place.dtype_name}"
     )
-    tell_rate(training, log)
-
-
-def tell_rate(training, log):
-    """Say how the learning rate goes on where max_steps is another than before: it follows shares of all steps."""
-    old, new, step = training.before, training.config, training.step
-    if old.max_steps == new.max_steps or not 0 < step < new.max_steps:
-        return
-    was, now = optimizers.learning_rate(old, step - 1), optimizers.learning_rate(new, step)
-    rates = f"{was * old.learning_rate:.3g} to {now * new.learning_rate:.3g}"
-    way = "back up" if now > was else "on"
-    log.say(f"max_steps was {old.max_steps} and is now {new.max_steps}: the learning rate goes {way} from {rates}")
 
 
 def check_finite(training, loss, norm, log):

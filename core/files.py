@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import itertools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -32,6 +33,17 @@ def atomic(path, mode="w"):
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+def write_whole(path, text):
+    """Write a text file: a kill leaves the old one or the new one."""
+    with atomic(path) as file:
+        file.write(text)
+
+
+def write_json(path, value):
+    """Write a value of plain types as a JSON file: a kill leaves the old one or the new one."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextlib.contextmanager

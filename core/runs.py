@@ -13,9 +13,10 @@ import tiktoken
 from tqdm import tqdm
 
 import posenc
-from core import checkpoints, files, report
+from core import checkpoints, files, optimizers, report
 from core.checkpoints import BEST, CKPT, PREVIOUS, SOURCE, save  # noqa: F401  # whoever has a run folder finds them here
 from core.errors import UserError, brief, command, nearest, note, pasted
+from core.files import write_json, write_whole  # noqa: F401
 from core.flags import make
 from core.place import Neighbours
 from core.settings import Config
@@ -38,17 +39,6 @@ def lock(folder):
         raise UserError(f"{folder} holds other files; choose another folder with --out_dir")
     folder.mkdir(parents=True, exist_ok=True)
     return files.lock(folder / LOCK)
-
-
-def write_whole(path, text):
-    """Write a text file: a kill leaves the old one or the new one."""
-    with files.atomic(path) as file:
-        file.write(text)
-
-
-def write_json(path, value):
-    """Write a value of plain types as a JSON file: a kill leaves the old one or the new one."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path):
@@ -324,6 +314,7 @@ class Log:
         )  # fmt: skip
         if self.main:
             self.begin(step, max(config.log_interval, before.log_interval))
+            self.say_jump(step, before, config)
 
     def begin(self, step, interval):
         """Keep the lines up to `step`, and say what is not there: damaged lines, or none for more steps than the
@@ -337,6 +328,14 @@ class Log:
         for before, after in pairwise(logged):
             if after - before > interval:
                 self.say(f"{self.path} says nothing of the loss between steps {before} and {min(after, step)}")
+
+    def say_jump(self, step, before, config):
+        """Say how the learning rate goes on where max_steps is another than before: it follows shares of all steps."""
+        if before.max_steps != config.max_steps and 0 < step < config.max_steps:
+            was, now = (optimizers.learning_rate(*known) for known in ((before, step - 1), (config, step)))
+            rates = f"{was * before.learning_rate:.3g} to {now * config.learning_rate:.3g}"
+            jump = f"the learning rate goes {'back up' if now > was else 'on'} from {rates}"
+            self.say(f"max_steps was {before.max_steps} and is now {config.max_steps}: {jump}")
 
     def lines(self):
         """(the lines so far, how many others are damaged). The last one may have been cut short by a kill."""

@@ -163,7 +163,7 @@ def test_an_odd_state_is_one_line_in_every_command(folder, saved, call_script):
     for path, new, said in (
         (("step",), -1, "has the step -1"),
         (("config", "n_layer"), "x", "n_layer is 'x'; expected int"),
-        (("config", "n_layer"), 10**9, "do not fit its settings"),
+        (("config", "n_layer"), 9999, "do not fit its settings"),
         (("model", "token.weight"), torch.zeros(3), r"do not fit its settings (token.weight)"),
         (("optimizer", 0, "state", 0), {}, "odd state of its optimizer"),
     ):
