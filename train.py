@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from core import flags, optimizers, report, runs
 from core import place as places
-from core.errors import UserError, brief, command, out_of_memory, run
+from core.errors import UserError, brief, command, out_of_memory, pasted, run
 from core.measure import batches, validation_loss
 from core.place import Place
 from core.settings import Config
@@ -292,7 +292,11 @@ def close(training, log, finished):
     config, place, model, dataset = training.config, training.place, training.model, training.dataset
     out = Path(config.out_dir)
     if finished:
-        more = f"--init_from={config.out_dir} and another --out_dir" if config.length_schedule else "raise --max_steps"
+        more = (
+            f"{pasted(f'--init_from={config.out_dir}')} and another --out_dir"
+            if config.length_schedule
+            else "raise --max_steps"
+        )
         log.say(f"{config.out_dir} is finished ({training.step} steps); for more of them {more}")
     if config.length_targets and not evaluate.is_closed(out, training.step):
         model.eval()

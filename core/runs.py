@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import posenc
 from core import checkpoints, files, optimizers, report
-from core.checkpoints import BEST, CKPT, PREVIOUS, SOURCE, save  # noqa: F401  # whoever has a run folder finds them here
+from core.checkpoints import BEST, CKPT, PREVIOUS, SOURCE, save  # noqa: F401  # They are used as parts of runs.
 from core.errors import UserError, brief, command, nearest, note, pasted
 from core.files import write_json, write_whole  # noqa: F401
 from core.flags import make
@@ -93,10 +93,7 @@ def find(run):
     path = Path(run)
     if path.is_file():
         return path
-    for name in (
-        CKPT,
-        PREVIOUS,
-    ):  # Older versions left the previous one alone when they were killed at a certain moment.
+    for name in (CKPT, PREVIOUS):  # A kill of an older version, at a certain moment, left the previous one alone.
         if (path / name).exists():
             return path / name
     if not path.exists():
@@ -232,7 +229,7 @@ def resume(config, dataset, tokenizer):
     if config.phases != config_of(state).phases:  # of a length_schedule, whose shares are those of all steps
         was = f"max_steps was {state['config']['max_steps']} and is now {config.max_steps}"
         moved = "which would move the phases of its length_schedule, and batches would come twice"
-        way_out = f"Set it back, or go on from its weights with --init_from={out} and another --out_dir"
+        way_out = f"Set it back, or go on from its weights with {pasted(f'--init_from={out}')} and another --out_dir"
         raise UserError(f"{out}: {was}, {moved}. {way_out}")
     if "optimizer" not in state:
         why = "it holds no optimiser state (best.pt does not); use --init_from"
