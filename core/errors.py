@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from core import streams
 
 PATIENCE = 10  # seconds in which torchrun has certainly ended the processes that another one left alone
@@ -142,6 +144,12 @@ def end_with_parent():
         threading.Thread(target=wait, daemon=True).start()
 
 
+def end_bars():
+    """End the lines of all progress bars, so that no other line is glued to one."""
+    for bar in list(getattr(tqdm, "_instances", ())):  # tqdm has no public name for them.
+        bar.close()
+
+
 def run(main, lasting=True):
     """Call main(argv) of a command and exit with its status. A UserError, or what the file system refuses, is one line
     and status 2.
@@ -160,6 +168,7 @@ def run(main, lasting=True):
         except Exception as error:
             if isinstance(error, BrokenPipeError) and not lasting:
                 sys.exit(0)
+            end_bars()
             if out_of_memory(error):
                 error = UserError("out of memory: take less at once, or a smaller model")
             mistake, rank, world = isinstance(error, UserError | OSError), 0, 1

@@ -56,7 +56,7 @@ def make(model, config, place):
     known = {id(p) for p in matrices}
     rest = {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0}
     rate, decay = config.learning_rate, config.weight_decay
-    adamw = {"lr": rate, "betas": (config.beta1, config.beta2), "fused": place.device.type != "mps"}
+    adamw = {"lr": rate, "betas": (config.beta1, config.beta2), "fused": place.device.type in ("cpu", "cuda")}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, rest], **adamw)]
     # bfloat16 is enough where the hardware multiplies it, and a hundred times slower where it does not.

@@ -115,13 +115,19 @@ def provenance(place):
     return {"commit": commit, "torch": torch.__version__, "hardware": place.hardware, "date": time.strftime("%Y-%m-%d")}
 
 
-def write_table(path, name, lines, command, place, **more):
-    """Put Markdown lines into the file at `path`, with the command and the provenance below them: between the comments
-    <!-- name --> and <!-- /name --> where the file has them, else as the whole file."""
+def place_of(name):
+    """The pattern, in bytes, of what stands in a page between the lines <!-- name --> and <!-- /name -->."""
+    mark = re.escape(name.encode())
+    return re.compile(rb"(?s)(?<=<!-- %b -->)(\r?\n).*?(?=<!-- /%b -->)" % (mark, mark))
+
+
+def write_table(path, name, lines, command, place, *, page=None, **more):
+    """Put Markdown lines into the file at `path`, with the command and the provenance below them: into the place that
+    `place_of` finds in it, or in `page`, a whole new text for it; without such a place as the whole file."""
     made = ", ".join(f"{key} {value}" for key, value in (more | provenance(place)).items())
-    path, text = Path(path), "\n".join([*lines, "", f"Made by `{command}`: {made}."]) + "\n"
-    old = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
-    mark = re.escape(name)
-    new, places = re.subn(rf"(?s)(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: text, old)
-    with atomic(path) as file:
+    text = "\n".join([*lines, "", f"Made by `{command}`: {made}."]) + "\n"
+    path, text = Path(path), text.encode(errors="surrogateescape")  # A name in the command need not be UTF-8.
+    old = page.encode() if page else path.read_bytes() if path.exists() else b""
+    new, places = place_of(name).subn(lambda found: found[1] + text, old)
+    with atomic(path, "wb") as file:
         file.write(new if places else text)

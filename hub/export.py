@@ -191,9 +191,12 @@ def whole(folder):
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         part.mkdir()
         yield part
+        files.flush_folder(part)
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"{folder}/{Path(error.filename or '').name}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
         with contextlib.suppress(OSError):  # Windows keeps a file that is open.
@@ -212,7 +215,7 @@ def write(folder, opened, kind, cfg):
         try:
             save_file(their_weights(opened.model, kind, written), part / load.WEIGHTS, {"format": "pt"})
         except SafetensorError as error:  # What the disk refuses comes as one too.
-            raise UserError(f"{part / load.WEIGHTS} cannot be written: {error}") from None
+            raise UserError(f"{folder / load.WEIGHTS} cannot be written: {error}") from None
         shutil.copymode(part / "config.json", part / load.WEIGHTS)  # safetensors lets its owner alone read it.
 
 

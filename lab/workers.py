@@ -23,6 +23,7 @@ from tqdm import tqdm
 from core import files, runs
 from core.errors import ENDS_WITH_PARENT, UserError, no_flag
 from core.settings import Config
+from lab import tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,10 +169,17 @@ def left(folder):
     for name in ("results.json", "length.json"):  # the second is its older name
         file = folder / name
         saved = runs.read_json(file)
-        if "runs" in saved:
-            commit = {"commit": saved["made"]["commit"]}
+        try:
+            command, commit = saved["made"]["command"], {"commit": saved["made"]["commit"]}
             records = {name: record | commit for name, record in saved["runs"].items()}
-            return saved["made"]["command"], records, file.stat().st_mtime
+            known = isinstance(command, str) and isinstance(commit["commit"], str)
+            whole = known and all(tables.is_whole(record) and "step" in record for record in records.values())
+        except (LookupError, TypeError, AttributeError):
+            whole = False
+        if whole:
+            return command, records, file.stat().st_mtime
+        if saved:
+            runs.set_aside(file)
     return "", {}, 0.0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tqdm
 from tiny import ROOT, TORCHRUN, finish
 
 from core import errors
@@ -148,6 +149,21 @@ def test_memory_that_is_used_up_is_a_line(monkeypatch, capsys):
         assert (left.value.code, line.count("\n")) == (2, 1) and "out of memory" in line
     with pytest.raises(RuntimeError, match="another"):
         errors.run(lambda argv: (_ for _ in ()).throw(RuntimeError("another fault")))
+
+
+@pytest.mark.parametrize("error", [errors.UserError("wrong"), OSError(28, "No space left on device", "file")])
+def test_a_line_is_never_glued_to_a_progress_bar(error, capsys, monkeypatch):
+    def main(argv):
+        for index in tqdm.tqdm(range(3), "bar"):
+            if index == 1:
+                raise error
+
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        errors.run(main)
+    said = capsys.readouterr().err
+    assert "bar" in said and said.splitlines()[-1].startswith("train.py: ")
 
 
 # Streams, Ctrl-C and the environment.

@@ -749,12 +749,12 @@ def test_what_else_lies_in_its_folder_stays_when_the_source_changes(tmp_path, pl
 
 def test_a_kill_while_it_is_made_leaves_nothing_that_is_used(tmp_path, plain):
     (tmp_path / "kill.py").write_text(
-        "import os, signal, sys\n"
+        "import os, signal, sys, torch\n"
         "from core import runs\n"
         "def half(state, file):\n"
         "    file.write(b'PK')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "runs.torch.save = half\n"
+        "torch.save = half\n"
         "runs.find(sys.argv[1])\n"
     )
     name = f"hf:{plain['llama']}"

@@ -15,7 +15,7 @@ ENCODINGS = {"core.encoding", "posenc", "zoo.*"}
 PLACES = {"core.place", "core.report"}
 MODEL = LEAVES | ENCODINGS | PLACES | {"core.attention", "core.cache", "core.norms", "model"}
 SETTINGS = MODEL | {"core.flags", "core.settings", "core.optimizers"}
-RUNS = SETTINGS | {"core.stop", "data", "data.*", "core.runs", "core.measure"}
+RUNS = SETTINGS | {"core.stop", "data", "data.*", "core.checkpoints", "core.runs", "core.measure"}
 MAY_IMPORT = {
     "core.streams": set(),
     "core.errors": {"core.streams"},
@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "core.settings": {"model", "posenc", "core.flags", "core.errors"},
     "data": {"data.*", "core.errors", "core.files", "core.flags"},  # never the model
     "data.*": {"data", "data.*", "core.errors", "core.files", "core.flags"},
+    "core.checkpoints": SETTINGS,  # never the data: a checkpoint is read before its tokenizer is known
     "core.runs": RUNS,
     "core.measure": RUNS,
     "train": RUNS,

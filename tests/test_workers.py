@@ -121,3 +121,17 @@ def test_a_run_waits_for_the_process_that_still_saves_it(start, tmp_path, capsys
     assert capsys.readouterr().err == f"waiting for another process, which trains into {tmp_path}/run\n"
     start().wait_for(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_odd_results_are_set_aside_and_made_again(tmp_path, capsys):
+    record = {"step": 3, "train_length": 16, "lengths": [16], "loss": [1.0], "windows": 4}
+    whole = {"made": {"command": "python evaluate.py", "commit": "abc"}, "runs": {"a": record}}
+    file = tmp_path / "results.json"
+    runs.write_json(file, whole)
+    assert workers.left(tmp_path)[:2] == ("python evaluate.py", {"a": record | {"commit": "abc"}})
+    odd = [whole | {key: value} for key in whole for value in (None, 3, [], {"a": 3}, {"a": {}})]
+    odd += [whole | {"runs": {"a": record | {key: None}}} for key in ("train_length", "lengths", "loss")]
+    for content in odd:
+        runs.write_json(file, content)
+        assert workers.left(tmp_path) == ("", {}, 0.0) and not file.exists()
+        assert capsys.readouterr().err.startswith(f"{file} is damaged: set aside as results.json.damaged")
