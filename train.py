@@ -292,8 +292,8 @@ def stopped(training, log, signal):
 
 
 def close(training, log, finished):
-    """The end of a run, which was `finished` before perhaps: loss against context, the pictures, and the command to type
-    next."""
+    """The end of a run, perhaps one that was `finished` before: loss against context, the pictures, and the command to
+    type next."""
     import evaluate  # which draws on the laboratory, and is needed here alone
 
     config, place, model, dataset = training.config, training.place, training.model, training.dataset
