@@ -318,13 +318,15 @@ def frequencies(dim, base, dtype=torch.float32, device=None):
 
 
 def angles(pos, dtype, frequency):
-    """pos (T,) -> (T, N), the angles p w, some of them less whole turns. frequency(dtype) gives w (N,).
+    """pos (T,), ascending -> (T, N), the angles p w, some of them less whole turns. frequency(dtype) gives w (N,).
 
     float32 would round p w to 2^-24 of itself, which from p = 2^20 on is much of a turn, and p itself from 2^24 on. So
     what p has above its last 15 bits turns by a step of its own, w 2^15, that is known without its whole turns. Below
     2^15 there is none of that: the angle is p w to the last bit. On MPS, which has no float64, the step is rounded.
     """
-    if dtype == torch.float64:
+    # Reading a position from a GPU would make the CPU wait.
+    near = pos.device.type == "cpu" and not torch.compiler.is_compiling() and pos[-1] < FAR
+    if near or dtype == torch.float64:
         return pos[:, None].to(dtype) * frequency(dtype)
     exact = torch.float32 if pos.device.type == "mps" else torch.float64
     high = pos // FAR

@@ -60,6 +60,8 @@ class Recurrent(Encoding):
 
     name = "recurrent"
     arguments = {"form": ("learned", "linear"), "base": 10000.0}
+    max_length = 1 << 20
+    way_out = "its table has a row for each of them, made one after the other; attend to a window of text with --crop"
     forms = {"form": {"linear": ("base",)}}
     shared = True
 

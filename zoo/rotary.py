@@ -6,12 +6,16 @@ make the logits. A rotation that stays true as the context grows is done once, a
 that need another angle for far keys than for near ones have two products, and so override `logits`.
 """
 
+import math
 from dataclasses import replace
 
 import torch
 
 from core.encoding import distances
 from posenc import RoPE
+
+AT_ONCE = 1 << 14  # tokens that enter an empty cache together
+LARGEST = 80.0  # a power e^80 of queries or keys leaves float32 room for their products
 
 
 class XPos(RoPE):
@@ -23,6 +27,9 @@ class XPos(RoPE):
     breaks, at long distances only: 512 is four default training lengths. Traps: those powers overflow (float16 at
     position 4,532), so exponents count from the middle of the queries of a call, and the cache holds plain keys, whose
     scale is never stale; and (1 + i/512)^-1 in place of zeta^(i/512) is not a function of i - j at all.
+
+    In float16 queries and keys are scaled, and the logits computed, in float32. That holds for calls of 65,000 queries,
+    after any number of keys; where another `scale_base` or `gamma` holds for fewer than 16,384, or than T, it is refused.
     """
 
     name = "xpos"
@@ -36,6 +43,10 @@ class XPos(RoPE):
         super().setup()
         self.require(self.gamma > 0 and self.scale_base > 0, "gamma and scale_base must be above 0")
         self.rotate_once = False
+        queries = max(self.train_length, AT_ONCE)
+        least = queries / 2 * math.log(1 + 1 / self.gamma) / LARGEST  # zeta_0 = gamma / (1 + gamma) is the smallest
+        too_small = f"{queries} queries at once overflow float32; scale_base must be at least {least:.0f} for this gamma"
+        self.require(self.scale_base >= least, too_small)
 
     def rotate(self, pairs):
         middle = (pairs.i[0] + pairs.i[-1]) // 2
@@ -47,7 +58,7 @@ class XPos(RoPE):
         m = torch.arange(self.head_dim // 2, device=x.device, dtype=dtype)
         zeta = (2 * m + self.gamma * self.head_dim) / ((1 + self.gamma) * self.head_dim)
         scale = zeta.repeat(2) ** (power[:, None].to(dtype) / self.scale_base)  # (T, D)
-        return (x * scale).to(x.dtype)
+        return (x * scale).to(dtype if x.dtype == torch.float16 else x.dtype)
 
 
 class ReRoPE(RoPE):
@@ -78,7 +89,8 @@ class ReRoPE(RoPE):
     def far(self, i, j):
         """Positions of queries (T,) and keys (S,) for distances of the window and beyond."""
         share = 1 / self.leak if self.leak else 0.0
-        return self.window + (i - self.window) * share, j * share
+        wide = torch.float32 if i.device.type == "mps" else torch.float64  # float32 counts to 2^24 alone
+        return self.window + (i - self.window).to(wide) * share, j.to(wide) * share
 
     def logits(self, pairs):
         near, far = (
