@@ -5,6 +5,7 @@ or at test time by the `--posenc` of the commands that read a finished run.
 """
 
 import ast
+import warnings
 
 from core.encoding import ENCODINGS
 from core.errors import brief, nearest, require
@@ -33,7 +34,8 @@ def parse(spec):
 
 def call_in(spec):
     """The name and the keywords (ast.keyword) of a call with keywords alone, or of a name."""
-    node = ast.parse(spec.strip(), mode="eval").body
+    with warnings.catch_warnings(action="ignore"):  # Python's, of a number before a word: it is refused in one line
+        node = ast.parse(spec.strip(), mode="eval").body
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     require(isinstance(call.func, ast.Name) and not call.args and all(key.arg for key in call.keywords), "no such call")
     return call.func.id, call.keywords

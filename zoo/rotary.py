@@ -45,7 +45,9 @@ class XPos(RoPE):
         self.rotate_once = False
         queries = max(self.train_length, AT_ONCE)
         least = queries / 2 * math.log(1 + 1 / self.gamma) / LARGEST  # zeta_0 = gamma / (1 + gamma) is the smallest
-        too_small = f"{queries} queries at once overflow float32; scale_base must be at least {least:.0f} for this gamma"
+        too_small = (
+            f"{queries} queries at once overflow float32; scale_base must be at least {least:.0f} for this gamma"
+        )
         self.require(self.scale_base >= least, too_small)
 
     def rotate(self, pairs):
@@ -78,7 +80,9 @@ class ReRoPE(RoPE):
 
     def setup(self):
         super().setup()
-        self.require(self.rotate_once, f"{self.scaling} changes with the context, which {self.name} makes unnecessary")
+        turn_off = f"write {self.name}(scaling='none')"
+        changes = f"{self.scaling} changes with the context, which {self.name} makes unnecessary; {turn_off}"
+        self.require(self.rotate_once, changes)
         self.require(self.window >= 0, f"window must not be negative, is {self.window}")
         self.require(self.leak == 0 or self.leak >= 1, f"leak must be 0 (for infinity) or at least 1, not {self.leak}")
         self.window = self.window or max(1, self.train_length // 2)
