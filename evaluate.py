@@ -87,8 +87,8 @@ class Options(Reading):
 
 
 def open_runs(paths, options):
-    """The runs with each --posenc laid over -> {name in tables, which says all that is in force: core.runs.Run}. UserError
-    where they do not compare."""
+    """The runs with each --posenc laid over -> {name in tables: core.runs.Run}. A name says all that is in force.
+    UserError where they do not compare."""
     opened_runs = {}
     for name, path in zip(runs.names(paths), paths, strict=True):
         overrides = options.posenc or [""]

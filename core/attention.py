@@ -34,8 +34,8 @@ def written_out(encoding, parts, dropout=0.0):
 
 
 def widened(encoding, parts, dropout=0.0):
-    """`written_out` for queries and keys that the encoding left in a wider dtype than the values, as float16 cannot hold
-    them: without autocast, which would bring them back to it."""
+    """`written_out` for queries and keys that the encoding left in a wider dtype than the values', as float16 cannot
+    hold them: without autocast, which would bring them back to it."""
     with torch.autocast(parts[0].q.device.type, enabled=False):
         return written_out(encoding, parts, dropout)
 

@@ -25,7 +25,7 @@ def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values():
         assert (inside - torch.diag_embed(values)).abs().max() < rounding
         small = s < s.norm(dim=1, keepdim=True) / 700
         assert 0.67 < values[~small].min() <= values.max() < 1.21
-        assert (0 < values[small]).all() and (values[small] < 0.7).all()
+        assert ((values[small] > 0) & (values[small] < 0.7)).all()
         assert small.any() == (shape == (8, 64, 64))
 
 

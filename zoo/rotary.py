@@ -28,8 +28,9 @@ class XPos(RoPE):
     position 4,532), so exponents count from the middle of the queries of a call, and the cache holds plain keys, whose
     scale is never stale; and (1 + i/512)^-1 in place of zeta^(i/512) is not a function of i - j at all.
 
-    In float16 queries and keys are scaled, and the logits computed, in float32. That holds for calls of 65,000 queries,
-    after any number of keys; where another `scale_base` or `gamma` holds for fewer than 16,384, or than T, it is refused.
+    In float16 queries and keys are scaled, and the logits computed, in float32. That holds for 65,000 queries at once,
+    after any number of keys. Another `scale_base` or `gamma` that holds for fewer than the 16,384 which enter a cache
+    at once has no positions past those.
     """
 
     name = "xpos"
@@ -43,12 +44,12 @@ class XPos(RoPE):
         super().setup()
         self.require(self.gamma > 0 and self.scale_base > 0, "gamma and scale_base must be above 0")
         self.rotate_once = False
-        queries = max(self.train_length, AT_ONCE)
-        least = queries / 2 * math.log(1 + 1 / self.gamma) / LARGEST  # zeta_0 = gamma / (1 + gamma) is the smallest
-        too_small = (
-            f"{queries} queries at once overflow float32; scale_base must be at least {least:.0f} for this gamma"
-        )
-        self.require(self.scale_base >= least, too_small)
+        # The powers of zeta_0 = gamma / (1 + gamma) are the largest, half as many tokens from the middle.
+        queries = 2 * LARGEST * self.scale_base / math.log(1 + 1 / self.gamma)
+        overflow = f"{queries:.0f} queries at once are what float32 holds; a larger scale_base holds for more"
+        self.require(queries >= self.train_length, overflow)
+        if queries < AT_ONCE:
+            self.max_length, self.way_out = int(queries), overflow
 
     def rotate(self, pairs):
         middle = (pairs.i[0] + pairs.i[-1]) // 2
