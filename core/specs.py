@@ -97,8 +97,9 @@ def merge(spec, override):
     """`override` laid over `spec`: arguments given again for an encoding, or one that derives from it, replace its own,
     the others stay. Another form, such as another scaling of rope, begins with its own defaults. In a list over the
     layers that is done for the members of that encoding, where there are any."""
+    for value in (spec, override):
+        members(value)  # a mistake in either is said before they are taken apart
     if not isinstance(override, str):
-        members(override)  # which checks how many they are
         return [merge(member, member) for member in override]
     if not isinstance(spec, str):
         ours = [derives(override, member) for member in spec]
