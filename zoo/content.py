@@ -129,8 +129,8 @@ class FoX(Encoding):
 
     H (C + 1) parameters a layer. The cache keeps the running sum F beside the keys. Past T what is far has been
     forgotten, as in alibi, but by decisions of the content: the loss stays flat. Positions themselves are never
-    used. Traps: F in half precision loses the small differences that matter; and sinks are forgotten like anything
-    else.
+    used. Traps: F in half precision loses the small differences that matter (float32 has them to F / 2^24, and
+    F grows with the text); and sinks are forgotten like anything else.
     """
 
     name = "fox"
