@@ -125,7 +125,7 @@ class Encoding(nn.Module):
             for number in value if type(value) is list else [value]:
                 limit = 2**40 if type(default) is int else 1e30  # sums and products of whole numbers stay below 2^63
                 bounded = not isinstance(number, int | float) or abs(number) < limit
-                require(bounded, f"{written}: numbers go to {limit:.2g}")
+                require(bounded, f"{written}: numbers go to {'2^40' if limit == 2**40 else '1e30'}")
         defaults = {key: value[0] if isinstance(value, tuple) else value for key, value in cls.arguments.items()}
         return defaults | arguments
 
