@@ -123,9 +123,10 @@ class Encoding(nn.Module):
             serves = type(value) is type(default) or (type(default) is float and type(value) is int)
             require(serves, f"{written}: expected {type(default).__name__}, such as {default!r}")
             for number in value if type(value) is list else [value]:
-                limit = 2**40 if type(default) is int else 1e30  # sums and products of whole numbers stay below 2^63
+                # Sums and products of whole numbers stay below 2^63.
+                limit, end = (2**40, "2^40") if type(default) is int else (1e30, "1e30")
                 bounded = not isinstance(number, int | float) or abs(number) < limit
-                require(bounded, f"{written}: numbers go to {'2^40' if limit == 2**40 else '1e30'}")
+                require(bounded, f"{written}: numbers go to {end}")
         defaults = {key: value[0] if isinstance(value, tuple) else value for key, value in cls.arguments.items()}
         return defaults | arguments
 
