@@ -68,13 +68,18 @@ OWN = {"out_dir", "seed", "device"} | {field.name for field in fields(Compare)} 
 
 @dataclass
 class Contestant:
-    name: str  # in tables
+    name: str  # a config file's, or an encoding as it was typed
     folder: str  # of its runs, with the seed behind it
     argv: list  # what train.py is told
     settings: dict  # the same, read
 
     def config(self, seed, out):
         return runs.settle([], self.settings | {"seed": seed, "out_dir": str(out / f"{self.folder}-{seed}")})
+
+    def title(self, config):
+        """The name in tables: that of an encoding says all that is in force, whatever `init_from` began with."""
+        named = self.settings.get("posenc") == self.name
+        return posenc.title(self.name, config.posenc) if named else self.name
 
 
 def contestants(words, common, settings):
@@ -149,6 +154,9 @@ def main(argv):
     place, out = places.choose(options.device), Path(options.out_dir)
     seeds = [options.seed + index for index in range(options.seeds)]
     all_configs = {(each.name, seed): each.config(seed, out) for seed in seeds for each in named}
+    titles = {each.name: each.title(all_configs[each.name, seeds[0]]) for each in named}
+    if same := [title for title in titles.values() if list(titles.values()).count(title) > 1]:
+        raise UserError(f"two of them are {same[0]}, laid over the encoding that init_from began with")
     first, T = next(iter(all_configs.values())), shared_length(list(all_configs.values()))
     checksum = data.open_dataset(first, vocabulary.load(first.tokenizer)).meta["data_checksum"]
     lock = runs.lock(out / "logs")  # held until this process ends
@@ -163,7 +171,7 @@ def main(argv):
     }
     tqdm.write(f"{count(len(jobs), 'run')}, {workers.jobs} at once; what they say goes to {out}/logs", file=sys.stderr)
     results = {key: record for key, records in workers.all(jobs).items() for record in records.values()}
-    by_seed = {each.name: [results[each.name, seed] for seed in seeds] for each in named}
+    by_seed = {title: [results[name, seed] for seed in seeds] for name, title in titles.items()}
     write(by_seed, seeds, T, shlex.join(["python", "compare.py", *argv]), place, options)
 
 

@@ -26,6 +26,7 @@ from core.settings import Reading
 from data import tasks, vocabulary
 from lab import frequencies, passkey, perplexity, spread
 from lab.tables import check_folder, is_whole, picture, pictures, table, tables
+from posenc import title
 
 
 @dataclass
@@ -87,11 +88,14 @@ class Options(Reading):
 
 
 def open_runs(paths, options):
-    """The runs with each --posenc laid over -> {name in tables: core.runs.Run}. UserError where they do not compare."""
+    """The runs with each --posenc laid over -> {name in tables: core.runs.Run}. A name says all that is in force.
+    UserError where they do not compare."""
     opened_runs = {}
     for name, path in zip(runs.names(paths), paths, strict=True):
-        ways = [f"{name}: {way}" if paths[1:] else str(way) for way in options.posenc] or [name]
-        opened_runs |= zip(ways, runs.open_runs(path, options.posenc or [""]), strict=True)
+        overrides = options.posenc or [""]
+        for override, opened in zip(overrides, runs.open_runs(path, overrides), strict=True):
+            way = title(override, opened.config.posenc)
+            opened_runs[name if not options.posenc else f"{name}: {way}" if paths[1:] else way] = opened
     if len({vocabulary.fingerprint(opened.tokenizer) for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
     learned = {opened.config.dataset in tasks.TASKS for opened in opened_runs.values()}

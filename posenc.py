@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.encoding import ENCODINGS, Encoding, along_heads, build, derives, every, merge, parse
+from core.encoding import ENCODINGS, Encoding, along_heads
+from core.specs import build, derives, every, merge, parse, title
 
 # Import encodings and their language from here: this module has loaded all of them.
-__all__ = ["ENCODINGS", "Encoding", "build", "derives", "every", "merge", "parse"]
+__all__ = ["ENCODINGS", "Encoding", "build", "derives", "every", "merge", "parse", "title"]
+
+FAR = 1 << 15  # positions from which on `angles` takes care of whole turns
 
 
 class NoPE(Encoding):
@@ -69,6 +72,7 @@ class Learned(Encoding):
 
     name = "learned"
     arguments = {"overflow": ("error", "clamp", "interpolate"), "factor": 8.0}
+    forms = {"overflow": {"interpolate": ("factor",)}}
     shared = True
     unbounded = 'learned(overflow="clamp")'
     stretches = ('learned(overflow="clamp")', 'learned(overflow="interpolate")')
@@ -194,7 +198,9 @@ class RoPE(Encoding):
                   (Ding et al. 2024, whose factors a search finds for each model)
 
     yarn and longrope take another factor on cos and sin from attention_factor. dynamic and longrope change with the
-    length of the context, so the cache then holds keys unrotated.
+    length of the context, so the cache then holds keys unrotated; and that is the length it will have in the end: the
+    same prompt and seed continue otherwise where more tokens are asked for. A scaling laid over another one begins with
+    its own defaults, and scaling="none" turns it off.
     """
 
     name = "rope"
@@ -204,6 +210,14 @@ class RoPE(Encoding):
         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "short_factor": [], "long_factor": [], "attention_factor": 0.0,
     }  # fmt: skip
+    forms = {"scaling": {
+        "linear": ("factor",),
+        "ntk": ("factor",),
+        "dynamic": ("factor",),
+        "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "longrope": ("factor", "short_factor", "long_factor", "attention_factor"),
+    }}  # fmt: skip
     shared = True
     relative = True
     variants = ("rope(fraction=0.75)", "rope(dims=8)")
@@ -231,8 +245,9 @@ class RoPE(Encoding):
                 form = f"longrope needs {key}=[...] with {self.dims // 2} numbers above 0, one for each pair"
                 factors = getattr(self, key)
                 self.require(len(factors) == self.dims // 2, form)
-                self.require(all(type(x) in (int, float) and x > 0 for x in factors), form)
-        self.rotate_once = self.scaling not in ("dynamic", "longrope")
+                self.require(all(type(x) in (int, float) and 0 < x < 1e30 for x in factors), form)
+        self.by_length = self.scaling in ("dynamic", "longrope")
+        self.rotate_once = not self.by_length
 
     def rotate(self, pairs):
         return self.turn(pairs.q, pairs.i, pairs.length), self.turn(pairs.k, pairs.j, pairs.length)
@@ -252,8 +267,10 @@ class RoPE(Encoding):
         return frequency * turning, magnitude
 
     def table(self, pos, dtype, length):
-        frequency, magnitude = self.frequency(length, dtype, pos.device)
-        angle = pos[:, None].to(dtype) * frequency
+        def frequency(dtype):
+            return self.once((length, dtype, pos.device), lambda: self.frequency(length, dtype, pos.device))
+
+        angle, (_, magnitude) = angles(pos, dtype, lambda dtype: frequency(dtype)[0]), frequency(dtype)
         return angle.cos() * magnitude, angle.sin() * magnitude
 
     # The scalings: frequencies (dims/2,), length of the context -> scaled frequencies, factor on cos and sin.
@@ -300,9 +317,27 @@ def frequencies(dim, base, dtype=torch.float32, device=None):
     return base ** -(torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
 
 
+def angles(pos, dtype, frequency):
+    """pos (T,), ascending -> (T, N), the angles p w, some of them less whole turns. frequency(dtype) gives w (N,).
+
+    float32 would round p w to 2^-24 of itself, which from p = 2^20 on is much of a turn, and p itself from 2^24 on. So
+    what p has above its last 15 bits turns by a step of its own, w 2^15, that is known without its whole turns. Below
+    2^15 there is none of that: the angle is p w to the last bit. On MPS, which has no float64, the step is rounded.
+    """
+    # Reading a position from a GPU would make the CPU wait.
+    near = pos.device.type == "cpu" and not torch.compiler.is_compiling() and pos[-1] < FAR
+    if near or dtype == torch.float64:
+        return pos[:, None].to(dtype) * frequency(dtype)
+    exact = torch.float32 if pos.device.type == "mps" else torch.float64
+    high = pos // FAR
+    step = (frequency(exact) * FAR).remainder(2 * math.pi)
+    far = (high[:, None].to(exact) * step).remainder(2 * math.pi)
+    return (pos - high * FAR)[:, None].to(dtype) * frequency(dtype) + far.to(dtype)
+
+
 def sinusoids(pos, dim, base, dtype=torch.float32):
     """pos (T,) -> (T, dim), sines at even columns and cosines at odd ones (Vaswani et al. 2017)."""
-    angle = pos[:, None].to(dtype) * frequencies(dim, base, dtype, pos.device)
+    angle = angles(pos, dtype, lambda dtype: frequencies(dim, base, dtype, pos.device))
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 

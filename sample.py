@@ -35,7 +35,7 @@ class Options(Reading):
     usage: ClassVar[str] = "python sample.py RUN [--key=value ...]"
 
     prompt: str = ""  # text to continue; empty begins a new document
-    tokens: int = 0  # tokens to generate; 0 means 8 times the training length
+    tokens: int = 0  # tokens to generate, 8 T unless given; dynamic, longrope and randomized are scaled to their number
     temperature: float = 0.8  # 0 always takes the likeliest token
     top_k: int = 0  # draw from the k likeliest tokens; 0 means all
     top_p: float = 1.0  # draw from the likeliest tokens that hold this share of the probability
@@ -182,6 +182,8 @@ def main(argv):
     if not posenc.derives(config.posenc, opened.trained):
         note(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense")
     T, count = config.train_length, options.tokens or 8 * config.train_length
+    if any(encoding.by_length for encoding in model.posenc) and not options.crop:
+        print(f"{config.posenc} is scaled to the whole text: another --tokens is another text", file=sys.stderr)
     prompt = [*vocabulary.begin(tokenizer), *tokenizer.encode_ordinary(options.prompt)] or [tokenizer.eot_token]
     check(options, model, prompt, count)
 

@@ -1,4 +1,4 @@
-"""The places where position can enter a model, the class that fills them, and the language of the `posenc` flag.
+"""The places where position can enter a model, and the class that fills them.
 
 Attention by itself is a function of a set. Position can enter a transformer at a few places, and an encoding is a class
 that overrides the hooks it needs:
@@ -22,14 +22,13 @@ To add an encoding, write one class into posenc.py or any file of zoo/. Its name
 and the tests, the benchmark and the gallery find it by themselves.
 """
 
-import ast
 import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from core.errors import nearest
+from core.errors import brief, nearest, require
 
 ENCODINGS = {}  # name -> class
 
@@ -70,11 +69,14 @@ class Encoding(nn.Module):
 
     name = None  # the flag's value
     arguments = {}
+    forms = {}  # argument that chooses a form -> {form: the arguments that this form reads, of those that not all read}
+    nested = ()  # arguments that are values of the flag themselves
     shared = False  # one instance serves all layers
     # Logits do not change when all positions shift by the same amount: it may have segments, and sinks near a window.
     relative = False
     positionless = False  # no hook reads a position, as order enters through the causal mask or the content alone
     rotate_once = True  # a rotated key stays true as the context grows, so the cache holds it rotated
+    by_length = False  # it is scaled to the length of the whole context, so that what is asked for changes the text
     chunk = math.inf  # the most queries that a CPU computes at once; lower it where logits cost much memory
     max_length = math.inf  # positions that exist are 0 ... max_length - 1
     way_out = ""  # what to do past max_length
@@ -112,15 +114,19 @@ class Encoding(nn.Module):
         for key, value in arguments.items():
             if key not in cls.arguments:
                 known = nearest(key, cls.arguments) if cls.arguments else "it takes no arguments"
-                raise ValueError(f"{cls.name} has no argument '{key}'; {known}")
+                raise ValueError(f"{cls.name} has no argument '{brief(key)}'; {known}")
             default = cls.arguments[key]
+            written = f"{cls.name}({key}={brief(repr(value))})"
             if isinstance(default, tuple):
-                if value not in default:
-                    raise ValueError(f"{cls.name}({key}={value!r}): choose from {', '.join(map(repr, default))}")
-            elif type(value) is not type(default) and not (type(default) is float and type(value) is int):
-                raise ValueError(f"{cls.name}({key}={value!r}): expected {type(default).__name__}, such as {default!r}")
-            elif isinstance(value, int | float) and not abs(value) < 1e30:
-                raise ValueError(f"{cls.name}({key}=...): numbers go to 1e30")
+                require(value in default, f"{written}: choose from {', '.join(map(repr, default))}")
+                continue
+            serves = type(value) is type(default) or (type(default) is float and type(value) is int)
+            require(serves, f"{written}: expected {type(default).__name__}, such as {default!r}")
+            for number in value if type(value) is list else [value]:
+                # Sums and products of whole numbers stay below 2^63.
+                limit, end = (2**40, "2^40") if type(default) is int else (1e30, "1e30")
+                bounded = not isinstance(number, int | float) or abs(number) < limit
+                require(bounded, f"{written}: numbers go to {end}")
         defaults = {key: value[0] if isinstance(value, tuple) else value for key, value in cls.arguments.items()}
         return defaults | arguments
 
@@ -229,78 +235,3 @@ def distances(i, j):
 def along_heads(x, n):
     """x (H,) -> (H, 1, ...) that broadcasts over n."""
     return x.view(-1, *[1] * n.dim())
-
-
-def parse(spec):
-    """'rope(base=5e5)' -> (RoPE, {'base': 5e5}). Arguments are literals, never evaluated; ValueError says what is off.
-
-    A name or a call as an argument, such as randomized(inner=rope(base=5e5)), stays a string for the encoding to parse.
-    """
-    wrong = f"posenc {spec!r} is not a name or name(argument=value, ...)"
-    try:
-        node = ast.parse(spec.strip(), mode="eval").body
-    except (SyntaxError, ValueError, AttributeError):
-        raise ValueError(wrong) from None
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    if not isinstance(call.func, ast.Name) or call.args or any(keyword.arg is None for keyword in call.keywords):
-        raise ValueError(wrong)
-    name, arguments = call.func.id, {}
-    if name not in ENCODINGS:
-        raise ValueError(f"no positional encoding is called '{name}'; {nearest(name, ENCODINGS)}")
-    for keyword in call.keywords:
-        if keyword.arg in arguments:
-            raise ValueError(f"posenc {spec!r} gives {keyword.arg} twice")
-        try:
-            arguments[keyword.arg] = ast.literal_eval(keyword.value)
-        except (ValueError, TypeError):
-            if not isinstance(keyword.value, ast.Name | ast.Call):
-                raise ValueError(wrong) from None
-            arguments[keyword.arg] = ast.unparse(keyword.value)
-    ENCODINGS[name].checked(arguments)
-    return ENCODINGS[name], arguments
-
-
-def every():
-    """Values of the flag to train, test and show: all encodings, in the form that has positions without end, and their
-    variants."""
-    specs = (spec for name, cls in ENCODINGS.items() for spec in (cls.unbounded or name, *cls.variants, *cls.stretches))
-    return list(dict.fromkeys(specs))
-
-
-def derives(spec, base):
-    """Whether a value of the flag names the encodings of another, whatever their arguments, or such as derive from them
-    (rerope from rope): those may take over its weights and arguments."""
-    new, old = ([parse(text)[0] for text in ([value] if isinstance(value, str) else value)] for value in (spec, base))
-    return len(new) == len(old) and all(map(issubclass, new, old))
-
-
-def build(spec, n_layer, **sizes):
-    """One encoding for every layer from `spec`, a string or a list of strings that is cycled over the layers."""
-    parsed = [parse(text) for text in ([spec] if isinstance(spec, str) else spec)]
-    if not parsed:
-        raise ValueError("posenc is an empty list; name at least one encoding")
-    latest, layers = {}, []
-    for layer in range(max(n_layer, len(parsed))):  # members beyond the last layer are built too, to check them
-        cls, arguments = parsed[layer % len(parsed)]
-        key = (cls, repr(arguments))
-        if key not in latest or not latest[key].shared:
-            latest[key] = cls(**sizes, layer=layer, **arguments)
-        if len(parsed) > 1 and latest[key].embeds:
-            raise ValueError(f"{cls.name} acts before the first layer, so it cannot stand in a list over the layers")
-        layers.append(latest[key])
-    return layers[:n_layer]
-
-
-def merge(spec, override):
-    """`override` laid over `spec`: arguments given again for an encoding, or one that derives from it, replace its own,
-    the others stay. In a list over the layers that is done for the members of that encoding, where there are any."""
-    if not isinstance(override, str):
-        return [merge(member, member) for member in override]  # which parses and checks each of them
-    if not isinstance(spec, str):
-        ours = [derives(override, member) for member in spec]
-        return [merge(m, override) if own else m for m, own in zip(spec, ours, strict=True)] if any(ours) else override
-    (_, old), (new, given) = parse(spec), parse(override)
-    if not derives(override, spec):
-        return override
-    arguments = ", ".join(f"{key}={value!r}" for key, value in (old | given).items())
-    return f"{new.name}({arguments})" if arguments else new.name

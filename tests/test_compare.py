@@ -10,7 +10,9 @@ import torch
 from here import in_process  # noqa: F401
 from tiny import ENV, ROOT, TINY
 
+import compare
 from core import runs
+from core.settings import Config
 
 
 def stamps(out):
@@ -180,3 +182,11 @@ def test_mistakes_are_one_line(call_script, tmp_path, trained):
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert said in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_an_encoding_laid_over_a_base_is_named_with_all_that_is_in_force():
+    rope, file = (compare.Contestant(name, name, [], {"posenc": "rope"}) for name in ("rope", "a"))
+    config = Config(posenc="rope(scaling='yarn', factor=4)")
+    assert rope.title(config) == config.posenc
+    assert rope.title(Config(posenc="rope")) == "rope"
+    assert file.title(config) == "a"

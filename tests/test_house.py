@@ -11,7 +11,7 @@ from tiny import ENV, ROOT
 
 # A module, or a folder's modules with a star -> what it may import of ours, by the same names.
 LEAVES = {"core.errors", "core.start", "core.streams", "core.files"}
-ENCODINGS = {"core.encoding", "posenc", "zoo.*"}
+ENCODINGS = {"core.encoding", "core.specs", "posenc", "zoo.*"}
 PLACES = {"core.place", "core.report"}
 MODEL = LEAVES | ENCODINGS | PLACES | {"core.attention", "core.cache", "core.norms", "model"}
 SETTINGS = MODEL | {"core.flags", "core.settings", "core.optimizers"}
@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "core.files": set(),
     "core.flags": {"core.errors"},
     "core.encoding": {"core.errors"},
-    "posenc": {"core.encoding"},
+    "core.specs": {"core.encoding", "core.errors"},
+    "posenc": {"core.encoding", "core.specs"},
     "zoo": set(),
     "zoo.*": ENCODINGS,
     "core.place": {"core.errors"},
