@@ -12,7 +12,6 @@ import core.start  # noqa: F401  # isort: skip
 
 import functools
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,9 +21,9 @@ from tqdm import tqdm
 
 import data
 import posenc
+from core import files, report, runs
 from core import flags as configs
 from core import place as places
-from core import report, runs
 from core.errors import UserError, count, require, require_range, run
 from core.settings import Config
 from data import tasks, vocabulary
@@ -55,11 +54,10 @@ class Compare(Config):
         require(not taken, f"{out} is {taken}; choose another folder with --out_dir")
         tables.check_folder(out)
         if self.docs:
-            page, marks = Path(self.docs) / "results.md", (f"<!-- {out.name} -->", f"<!-- /{out.name} -->")
+            page, marks = Path(self.docs) / "results.md", f"the lines <!-- {out.name} --> and <!-- /{out.name} -->"
             require(page.is_file(), f"--docs={self.docs} has no results.md")
-            held = page.read_text(encoding="utf-8")
-            placed = f"{marks[0]}\n" in held and marks[1] in held
-            require(placed, f"{page} has no place for the tables: the lines {marks[0]} and {marks[1]}")
+            placed = report.place_of(out.name).search(page.read_bytes())
+            require(placed, f"{page} has no place for the tables: {marks}")
 
 
 # These settings of the command line are the comparison's own; all others are for its runs.
@@ -70,13 +68,18 @@ OWN = {"out_dir", "seed", "device"} | {field.name for field in fields(Compare)} 
 
 @dataclass
 class Contestant:
-    name: str  # in tables
+    name: str  # a config file's, or an encoding as it was typed
     folder: str  # of its runs, with the seed behind it
     argv: list  # what train.py is told
     settings: dict  # the same, read
 
     def config(self, seed, out):
         return runs.settle([], self.settings | {"seed": seed, "out_dir": str(out / f"{self.folder}-{seed}")})
+
+    def title(self, config):
+        """The name in tables: that of an encoding says all that is in force, whatever `init_from` began with."""
+        named = self.settings.get("posenc") == self.name
+        return posenc.title(self.name, config.posenc) if named else self.name
 
 
 def contestants(words, common, settings):
@@ -127,15 +130,16 @@ def write(by_seed, seeds, T, command, place, options):
     if key == "loss":
         lines += ["", *tables.ratio_table(means)]
     all_runs = {name: dict(zip(map(str, seeds), records, strict=True)) for name, records in by_seed.items()}
-    made = {"command": command} | report.provenance(place)
-    runs.write_json(out / "results.json", {"made": made, "train_length": T, "runs": all_runs})
-    tables.pictures(out, means, by_seed)
     commits = sorted({record["commit"] for records in by_seed.values() for record in records})
     said = {"seeds": ", ".join(map(str, seeds)), "measured at": ", ".join(commits)}
     for folder in [out, docs] if options.docs else [out]:
         report.write_table(folder / "results.md", out.name, lines, command, place, **said)
+    tables.pictures(out, means, by_seed)
     if options.docs:
-        shutil.copy(out / "length.png", docs / f"{out.name}.png")
+        with files.atomic(docs / f"{out.name}.png", "wb") as file:
+            file.write((out / "length.png").read_bytes())
+    made = {"command": command} | report.provenance(place)
+    runs.write_json(out / "results.json", {"made": made, "train_length": T, "runs": all_runs})
     print("\n".join(tables.table(means)))
     print(f"all of it: {out}/results.md, results.json, length.png")
 
@@ -150,6 +154,9 @@ def main(argv):
     place, out = places.choose(options.device), Path(options.out_dir)
     seeds = [options.seed + index for index in range(options.seeds)]
     all_configs = {(each.name, seed): each.config(seed, out) for seed in seeds for each in named}
+    titles = {each.name: each.title(all_configs[each.name, seeds[0]]) for each in named}
+    if same := [title for title in titles.values() if list(titles.values()).count(title) > 1]:
+        raise UserError(f"two of them are {same[0]}, laid over the encoding that init_from began with")
     first, T = next(iter(all_configs.values())), shared_length(list(all_configs.values()))
     checksum = data.open_dataset(first, vocabulary.load(first.tokenizer)).meta["data_checksum"]
     lock = runs.lock(out / "logs")  # held until this process ends
@@ -164,7 +171,7 @@ def main(argv):
     }
     tqdm.write(f"{count(len(jobs), 'run')}, {workers.jobs} at once; what they say goes to {out}/logs", file=sys.stderr)
     results = {key: record for key, records in workers.all(jobs).items() for record in records.values()}
-    by_seed = {each.name: [results[each.name, seed] for seed in seeds] for each in named}
+    by_seed = {title: [results[name, seed] for seed in seeds] for name, title in titles.items()}
     write(by_seed, seeds, T, shlex.join(["python", "compare.py", *argv]), place, options)
 
 

@@ -25,7 +25,8 @@ from core.measure import MULTIPLES, exact_match, length_loss, long_windows, reac
 from core.settings import Reading
 from data import tasks, vocabulary
 from lab import frequencies, passkey, perplexity, spread
-from lab.tables import check_folder, picture, pictures, table, tables
+from lab.tables import check_folder, is_whole, picture, pictures, table, tables
+from posenc import title
 
 
 @dataclass
@@ -70,8 +71,9 @@ class Options(Reading):
             require(Path(path).parent.is_dir(), f"--{key}={path}: there is no folder {Path(path).parent}")
             require(not path or not Path(path).is_dir(), f"--{key}={path} is a folder; name a file in it")
         page, mark = Path(self.table), f"<!-- {self.kind} -->"
-        mine = not self.table or not page.exists() or mark in page.read_text(encoding="utf-8", errors="replace")
-        require(mine, f"--table={page} has no line {mark}, so the table would replace all of it")
+        mine = not self.table or not page.exists() or report.place_of(self.kind).search(page.read_bytes())
+        ends = mark.replace(" ", " /", 1)
+        require(mine, f"--table={page} has no line {mark}, with {ends} below, so the table would replace all of it")
         out = Path(self.out_dir)
         held = any((out / name).exists() for name in (runs.CKPT, "config.json"))
         require(not held, f"{out} holds a run or a model; take {pasted(f'--out_dir={out}/reach')}, say")
@@ -86,11 +88,14 @@ class Options(Reading):
 
 
 def open_runs(paths, options):
-    """The runs with each --posenc laid over -> {name in tables: core.runs.Run}. UserError where they do not compare."""
+    """The runs with each --posenc laid over -> {name in tables: core.runs.Run}. A name says all that is in force.
+    UserError where they do not compare."""
     opened_runs = {}
     for name, path in zip(runs.names(paths), paths, strict=True):
-        ways = [f"{name}: {way}" if paths[1:] else str(way) for way in options.posenc] or [name]
-        opened_runs |= zip(ways, runs.open_runs(path, options.posenc or [""]), strict=True)
+        overrides = options.posenc or [""]
+        for override, opened in zip(overrides, runs.open_runs(path, overrides), strict=True):
+            way = title(override, opened.config.posenc)
+            opened_runs[name if not options.posenc else f"{name}: {way}" if paths[1:] else way] = opened
     if len({vocabulary.fingerprint(opened.tokenizer) for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
     learned = {opened.config.dataset in tasks.TASKS for opened in opened_runs.values()}
@@ -134,6 +139,14 @@ def summary(model, dataset, place, count):
     return record
 
 
+def is_closed(folder, step):
+    """Whether the record that closes a run of so many steps, and its picture, are in the run's folder."""
+    record = runs.read_json(folder / "length.json")
+    if record and not is_whole(record):
+        runs.set_aside(folder / "length.json")
+    return record.get("step") == step and is_whole(record) and (folder / "length.png").exists()
+
+
 def measure(model, dataset, tokenizer, place, options):
     """Everything that is measured of a model -> its record: for a task `summary`; with --lengths the loss of the same
     targets there alone; else also the usual losses, the loss by position and, where nothing is laid over the cache,
@@ -165,42 +178,40 @@ def measure(model, dataset, tokenizer, place, options):
 
 
 def measure_all(opened_runs, datasets, place, options):
-    """Measure every run -> ({name: record}, lines of all their tables)."""
+    """Measure every run -> ({name: record}, lines of all their tables, what draws their pictures into a folder)."""
     records = {}
     for name, opened in opened_runs.items():
         checksum = opened.data_checksum or datasets[name].meta["data_checksum"]
         known = {"step": opened.step, "posenc": opened.config.posenc, "data_checksum": checksum}
         records[name] = known | measure(opened.model, datasets[name], opened.tokenizer, place, options)
-    return records, tables(records)
+    return records, tables(records), functools.partial(pictures, records=records)
 
 
 def look_at_frequencies(opened_runs, datasets, place, options):
-    """Take the rotations of every run apart -> ({name: figures}, lines of their tables). The pictures go straight to
-    their folder."""
+    """Take the rotations of every run apart -> ({name: figures}, lines of their tables, what draws their pictures)."""
     measured = {}
     for name, opened in opened_runs.items():
         T, model, dataset = opened.config.train_length, opened.model, datasets[name]
         loss = functools.partial(length_loss, model, dataset, place, options.targets, (1, 2, 4))
         measured[name] = model, long_windows(dataset, T, scored_at(T), options.targets), loss
-    return frequencies.look(measured, place, options.out_dir)
+    return frequencies.look(measured, place)
 
 
-def write(records, lines, command, place, seed, options):
-    """Leave what was measured where the options say."""
+def write(records, lines, draw, made, place, options):
+    """Leave what was measured where the options say. made: {"command", "seed"}."""
+    out, command, seed = Path(options.out_dir), made["command"], made["seed"]
     if options.out_dir:
-        out = Path(options.out_dir)
         out.mkdir(parents=True, exist_ok=True)
-        made = {"command": command, "seed": seed} | report.provenance(place)
-        file = "frequencies.json" if options.frequencies else "results.json"
-        runs.write_json(out / file, {"made": made, "runs": records})
         report.write_table(out / "results.md", "evaluate", lines, command, place, seed=seed)
-        if not options.frequencies:
-            pictures(out, records)
+        draw(out)
     if options.table:
         first = lines if options.frequencies else table(records)
         report.write_table(options.table, options.kind, first, command, place, seed=seed)
     if options.picture and not options.frequencies:
         picture(options.picture, records)
+    if options.out_dir:  # The figures come last, as the mark that all of it is there.
+        file = "frequencies.json" if options.frequencies else "results.json"
+        runs.write_json(out / file, {"made": made | report.provenance(place), "runs": records})
 
 
 def main(argv):
@@ -215,10 +226,10 @@ def main(argv):
     for opened in opened_runs.values():
         place.prepare(opened.model)
     work = look_at_frequencies if options.frequencies else measure_all
-    records, lines = work(opened_runs, datasets, place, options)
+    records, lines, draw = work(opened_runs, datasets, place, options)
     print("\n".join(lines))
     seed = ", ".join(map(str, sorted({config.seed for config in configs})))
-    write(records, lines, shlex.join(["python", "evaluate.py", *argv]), place, seed, options)
+    write(records, lines, draw, {"command": shlex.join(["python", "evaluate.py", *argv]), "seed": seed}, place, options)
 
 
 if __name__ == "__main__":

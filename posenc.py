@@ -17,25 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.encoding import (
-    ENCODINGS,
-    Encoding,
-    along_heads,
-    build,
-    derives,
-    every,
-    members,
-    merge,
-    parse,
-    sights,
-    tempers,
-    written,
-)
+from core.encoding import ENCODINGS, Encoding, along_heads
+from core.specs import build, derives, every, members, merge, parse, sights, tempers, title, written
 
 # Import encodings and their language from here: this module has loaded all of them.
 __all__ = [
-    "ENCODINGS", "Encoding", "build", "derives", "every", "members", "merge", "parse", "sights", "tempers", "written",
+    "ENCODINGS", "Encoding", "build", "derives", "every", "members", "merge", "parse", "sights", "tempers", "title",
+    "written",
 ]  # fmt: skip
+
+FAR = 1 << 15  # positions from which on `angles` takes care of whole turns
 
 
 class NoPE(Encoding):
@@ -84,6 +75,7 @@ class Learned(Encoding):
 
     name = "learned"
     arguments = {"overflow": ("error", "clamp", "interpolate"), "factor": 8.0}
+    forms = {"overflow": {"interpolate": ("factor",)}}
     shared = True
     unbounded = 'learned(overflow="clamp")'
     stretches = ('learned(overflow="clamp")', 'learned(overflow="interpolate")')
@@ -209,7 +201,9 @@ class RoPE(Encoding):
                   (Ding et al. 2024, whose factors a search finds for each model)
 
     yarn and longrope take another factor on cos and sin from attention_factor. dynamic and longrope change with the
-    length of the context, so the cache then holds keys unrotated.
+    length of the context, so the cache then holds keys unrotated; and that is the length it will have in the end: the
+    same prompt and seed continue otherwise where more tokens are asked for. A scaling laid over another one begins with
+    its own defaults, and scaling="none" turns it off.
 
     What is slow can also be taken out, after any scaling: `cut` c stops all pairs whose turn takes more than c tokens,
     for c = T those that never showed a whole turn; `clip` fades the last pairs, that share of all, to 0 along a cosine,
@@ -224,6 +218,14 @@ class RoPE(Encoding):
         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "short_factor": [], "long_factor": [], "attention_factor": 0.0, "cut": 0, "clip": 0.0, "values": False,
     }  # fmt: skip
+    forms = {"scaling": {
+        "linear": ("factor",),
+        "ntk": ("factor",),
+        "dynamic": ("factor",),
+        "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "longrope": ("factor", "short_factor", "long_factor", "attention_factor"),
+    }}  # fmt: skip
     shared = True
     relative = True
     variants = ("rope(fraction=0.75)", "rope(dims=8)", "rope(values=True)")
@@ -251,10 +253,11 @@ class RoPE(Encoding):
                 form = f"longrope needs {key}=[...] with {self.dims // 2} numbers above 0, one for each pair"
                 factors = getattr(self, key)
                 self.require(len(factors) == self.dims // 2, form)
-                self.require(all(type(x) in (int, float) and x > 0 for x in factors), form)
+                self.require(all(type(x) in (int, float) and 0 < x < 1e30 for x in factors), form)
         self.require(self.cut >= 0, f"cut must be a number of tokens, or 0 for none, not {self.cut}")
         self.require(0 <= self.clip <= 1, f"clip must lie in 0 ... 1, not {self.clip}")
-        self.rotate_once = self.scaling not in ("dynamic", "longrope")
+        self.by_length = self.scaling in ("dynamic", "longrope")
+        self.rotate_once = not self.by_length
         self.turns_values = self.__dict__.pop("values")  # The argument would hide the hook of that name.
         fits = self.rotate_once or not self.turns_values
         self.require(fits, f"values that turn need a scaling other than {self.scaling}")
@@ -290,8 +293,10 @@ class RoPE(Encoding):
         return frequency * turning, magnitude
 
     def table(self, pos, dtype, length, magnify=True):
-        frequency, magnitude = self.frequency(length, dtype, pos.device)
-        angle = pos[:, None].to(dtype) * frequency
+        def frequency(dtype):
+            return self.once((length, dtype, pos.device), lambda: self.frequency(length, dtype, pos.device))
+
+        angle, (_, magnitude) = angles(pos, dtype, lambda dtype: frequency(dtype)[0]), frequency(dtype)
         magnitude = magnitude if magnify else 1.0
         return angle.cos() * magnitude, angle.sin() * magnitude
 
@@ -339,9 +344,27 @@ def frequencies(dim, base, dtype=torch.float32, device=None):
     return base ** -(torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
 
 
+def angles(pos, dtype, frequency):
+    """pos (T,), ascending -> (T, N), the angles p w, some of them less whole turns. frequency(dtype) gives w (N,).
+
+    float32 would round p w to 2^-24 of itself, which from p = 2^20 on is much of a turn, and p itself from 2^24 on. So
+    what p has above its last 15 bits turns by a step of its own, w 2^15, that is known without its whole turns. Below
+    2^15 there is none of that: the angle is p w to the last bit. On MPS, which has no float64, the step is rounded.
+    """
+    # Reading a position from a GPU would make the CPU wait.
+    near = pos.device.type == "cpu" and not torch.compiler.is_compiling() and pos[-1] < FAR
+    if near or dtype == torch.float64:
+        return pos[:, None].to(dtype) * frequency(dtype)
+    exact = torch.float32 if pos.device.type == "mps" else torch.float64
+    high = pos // FAR
+    step = (frequency(exact) * FAR).remainder(2 * math.pi)
+    far = (high[:, None].to(exact) * step).remainder(2 * math.pi)
+    return (pos - high * FAR)[:, None].to(dtype) * frequency(dtype) + far.to(dtype)
+
+
 def sinusoids(pos, dim, base, dtype=torch.float32):
     """pos (T,) -> (T, dim), sines at even columns and cosines at odd ones (Vaswani et al. 2017)."""
-    angle = pos[:, None].to(dtype) * frequencies(dim, base, dtype, pos.device)
+    angle = angles(pos, dtype, lambda dtype: frequencies(dim, base, dtype, pos.device))
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 

@@ -35,13 +35,13 @@ class Options(Reading):
     usage: ClassVar[str] = "python sample.py RUN [--key=value ...]"
 
     prompt: str = ""  # text to continue; empty begins a new document
-    tokens: int = 0  # tokens to generate; 0 means 8 times the training length
+    tokens: int = 0  # tokens to generate, 8 T unless given; dynamic, longrope and randomized are scaled to their number
     temperature: float = 0.8  # 0 always takes the likeliest token
     top_k: int = 0  # draw from the k likeliest tokens; 0 means all
     top_p: float = 1.0  # draw from the likeliest tokens that hold this share of the probability
     samples: int = 1  # texts at once; the first is streamed
     seed: int = 1337  # of the draws
-    stop: bool = False  # let the end-of-text token be drawn, and end there
+    stop: bool = False  # let the tokens that end a text be drawn, and end there
     crop: int = 0  # no cache: re-encode the last CROP tokens for every token; slow, and never past the training length
     compile: bool = False  # compile first, which takes a while, for faster tokens after
 
@@ -68,7 +68,7 @@ class Stream:
     def __init__(self, tokenizer, length=None):
         self.tokenizer, self.length, self.written = tokenizer, length, 0
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.silent = {tokenizer.eot_token, *vocabulary.begin(tokenizer)}
+        self.silent = {*vocabulary.ends(tokenizer), *vocabulary.begin(tokenizer)}
 
     def write(self, ids, final=False):
         """Print the text of these ids; with `final`, of a character that they leave unfinished too."""
@@ -99,13 +99,23 @@ def check(options, model, prompt, count):
         )
 
 
+def never_drawn(tokenizer, vocab_size, stop):
+    """The set of ids that are not drawn: those that stand for no text, as special tokens and what pads a vocabulary to
+    `vocab_size` do, and those that end a text, unless `stop` lets them. UserError where no others are left."""
+    ends = set(vocabulary.ends(tokenizer))
+    silent = {token for token, text in enumerate(vocabulary.token_bytes(tokenizer)) if not text}
+    silent |= {*range(tokenizer.n_vocab, vocab_size)}
+    forbidden = silent - ends if stop else silent | ends
+    if len(forbidden) == vocab_size:
+        raise UserError("all tokens of this vocabulary end a text or stand for none: there is nothing to draw")
+    return forbidden
+
+
 def write_texts(model, tokenizer, prompt, count, options, place):
     """Continue `prompt` by `count` tokens, or to an end of text, in options.samples ways; the first is streamed.
     Returns the ids of each, prompt included, and the seconds it took. Ctrl-C ends them where they are."""
-    end, config = tokenizer.eot_token, model.config
-    # Some ids stand for no text: those that pad the vocabulary, and special tokens.
-    silent = [token for token, text in enumerate(vocabulary.token_bytes(tokenizer)) if not text]
-    silent += range(tokenizer.n_vocab, config.vocab_size)
+    ends, config = vocabulary.ends(tokenizer), model.config
+    forbidden = never_drawn(tokenizer, config.vocab_size, options.stop)
     if options.compile:
         model.to(place.dtype)  # The compiled model would convert every weight for every token.
     forward, why_not = places.compiled(model, options.compile, place, decoding=True)
@@ -121,11 +131,11 @@ def write_texts(model, tokenizer, prompt, count, options, place):
             for new in generate(
                 model, tokens, count, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
                 seed=options.seed, window=options.window or None, sinks=options.sinks, log_n=options.log_n,
-                crop=options.crop or None, forbidden=[token for token in silent if token != end or not options.stop],
+                crop=options.crop or None, forbidden=forbidden,
                 compiled=None if forward is model else forward,
             ):  # fmt: skip
                 for index, token in enumerate(new.tolist()):
-                    if token == end:
+                    if token in ends:
                         going.discard(index)
                     elif index in going:
                         texts[index].append(token)
@@ -172,11 +182,12 @@ def main(argv):
     if not posenc.derives(config.posenc, opened.trained):
         note(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense")
     T, count = config.train_length, options.tokens or 8 * config.train_length
+    if any(encoding.by_length for encoding in model.posenc) and not options.crop:
+        print(f"{config.posenc} is scaled to the whole text: another --tokens is another text", file=sys.stderr)
     prompt = [*vocabulary.begin(tokenizer), *tokenizer.encode_ordinary(options.prompt)] or [tokenizer.eot_token]
     options.check_model(model)
     check(options, model, prompt, count)
 
-    sys.stdout.reconfigure(errors="replace")
     if options.samples > 1:
         print(dim("[--- sample 1 ---]"))
     texts, seconds = write_texts(model, tokenizer, prompt, count, options, place)
@@ -194,4 +205,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, lasting=False)

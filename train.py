@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from core import flags, optimizers, report, runs
 from core import place as places
-from core.errors import UserError, brief, command, out_of_memory, run
+from core.errors import UserError, brief, command, out_of_memory, pasted, run
 from core.measure import batches, validation_loss
 from core.place import Place
 from core.settings import Config
+from core.stop import Stop
 from data import vocabulary
 from model import GPT, derive_seed
 
@@ -43,6 +44,7 @@ class Training:
     optimizers: list
     scaler: torch.amp.GradScaler  # of the loss, so that small gradients survive float16; without effect elsewhere
     step: int  # steps done
+    before: Config  # the settings of the last of them: some may change where a run goes on
     best: float  # the lowest validation loss so far
     lock: Any  # held until the process ends, so that no other trains into the folder
 
@@ -75,13 +77,13 @@ def start(config, place, tokenizer, dataset):
     if config.segments > 1 and absolute:
         raise UserError(f"segments={config.segments} needs relative positions, and those of {absolute[0]} are not")
 
-    step, best, updaters = 0, math.inf, optimizers.make(model, config, place)
+    step, best, before, updaters = 0, math.inf, config, optimizers.make(model, config, place)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
     if state:
-        step, best = state["step"], state["best"]
+        step, best, before = state["step"], state["best"], runs.config_of(state)
         runs.load_weights(model, state)
-        for optimizer, saved in zip(updaters, state["optimizer"], strict=True):
-            optimizer.load_state_dict(saved)
+        for optimizer, saved in zip(updaters, state["optimizer"], strict=True):  # their settings are those of the run
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
         if state["scaler"]:  # empty where the run was not in float16 before
             scaler.load_state_dict(state["scaler"])
     elif config.init_from:
@@ -97,7 +99,7 @@ def start(config, place, tokenizer, dataset):
     lock = not place.main or runs.lock(out)
     if place.sum(lock is None) != (0,):
         raise UserError(f"another process trains into {out}: wait for its end, or choose another folder with --out_dir")
-    return Training(config, place, dataset, model, model, updaters, scaler, step, best, lock)
+    return Training(config, place, dataset, model, model, updaters, scaler, step, before, best, lock)
 
 
 def sequences(config, place):
@@ -173,43 +175,40 @@ def train(config, place):
     tokenizer, dataset = open_data(config, place)
     training = start(config, place, tokenizer, dataset)
     finished = training.step >= config.max_steps
-    log, stop = runs.Log(config.out_dir, place, training.step, config.max_steps, process.BEGAN), places.Stop(place)
+    log = runs.Log(config, place, training.step, training.before, process.BEGAN)
     prepare(training, log)
     windows = dataset.validation(config.train_length, max(1, config.eval_tokens // config.train_length))
     token_bytes, signal = vocabulary.byte_lengths(tokenizer), 0
 
     since, since_step = time.perf_counter(), training.step
-    while training.step < config.max_steps and not signal:
-        loss, norm = one_step(training)
-        step = training.step
-        log.bar.update()
+    with Stop(place) as stop:
+        while training.step < config.max_steps and not signal:
+            loss, norm = one_step(training)
+            step = training.step
+            log.bar.update()
 
-        # Some steps are followed by a look at the loss, an evaluation, a checkpoint. All processes agree on which.
-        signal = stop.asked()
-        last = step == config.max_steps
-        log_due = step % config.log_interval == 0
-        evaluation_due = step % config.eval_interval == 0 or last
-        checkpoint_due = step % config.checkpoint_interval == 0 or last or signal
-        if log_due or evaluation_due or checkpoint_due:
-            (loss,) = place.sum(loss.item())
-            check_finite(training, loss, norm, log)
-        if log_due:
-            tell(training, log, loss, norm, step - since_step, time.perf_counter() - since)
-            since, since_step = time.perf_counter(), step
-        if evaluation_due:
-            began = time.perf_counter()
-            validate(training, log, windows, token_bytes, micro_batch)
-            since += time.perf_counter() - began  # the speed is that of training alone
-        if checkpoint_due:
-            save(training, runs.CKPT)
+            # Some steps are followed by a look at the loss, an evaluation, a checkpoint. All processes agree on which.
+            last, signal = step == config.max_steps, stop.asked()
+            log_due = step % config.log_interval == 0
+            evaluation_due = step % config.eval_interval == 0 or last
+            checkpoint_due = step % config.checkpoint_interval == 0 or last or signal
+            if log_due or evaluation_due or checkpoint_due:
+                (loss,) = place.sum(loss.item())
+                check_finite(training, loss, norm, log)
+            if log_due:
+                tell(training, log, loss, norm, step - since_step, time.perf_counter() - since)
+                since, since_step = time.perf_counter(), step
+            if evaluation_due:
+                began = time.perf_counter()
+                validate(training, log, windows, token_bytes, micro_batch)
+                since += time.perf_counter() - began  # the speed is that of training alone
+                signal = stop.asked()  # An evaluation takes its time.
+            if checkpoint_due or signal:
+                save(training, runs.CKPT)
     log.bar.close()
-    if signal:
-        log.say(f"stopped after step {training.step}, saved in {config.out_dir}; the same command goes on from there")
-        return 128 + signal
-    if finished:
-        log.say(f"{config.out_dir} is finished ({training.step} steps); for more of them raise --max_steps")
-    stop.end()
-    close(training, log)
+    if signal := stop.asked():  # Now every signal has been seen: one that comes later ends the process by itself.
+        return stopped(training, log, signal)
+    close(training, log, finished)
     return 0
 
 
@@ -243,7 +242,6 @@ def check_finite(training, loss, norm, log):
     infinite norm is no failure in float16: that step was left out."""
     if math.isfinite(loss) and (training.scaler.is_enabled() or norm.isfinite()):
         return
-    log.bar.close()
     latest = Path(training.config.out_dir) / runs.CKPT
     kept = f"the last good checkpoint is {latest}" if latest.exists() else "none was saved"
     way_out = "Try a lower --learning_rate, or --dtype=float32, with another --out_dir"
@@ -287,19 +285,32 @@ def save(training, name):
         runs.save(training.config.out_dir, name, state)
 
 
-def close(training, log):
-    """The end of a run: loss against context, the pictures, and the command to type next."""
+def stopped(training, log, signal):
+    """Say where a signal has stopped the run. Returns the exit status."""
+    where = f"step {training.step}, saved in {training.config.out_dir}"
+    log.say(f"stopped after {where}; the same command goes on from there")
+    training.place.barrier()  # torchrun ends the others as soon as the first one leaves.
+    return 128 + signal
+
+
+def close(training, log, finished):
+    """The end of a run, perhaps one that was `finished` before: loss against context, the pictures, and the command to
+    type next."""
     import evaluate  # which draws on the laboratory, and is needed here alone
 
     config, place, model, dataset = training.config, training.place, training.model, training.dataset
     out = Path(config.out_dir)
-    if config.length_targets and runs.read_json(out / "length.json").get("step") != training.step:
+    if finished:
+        another = f"{pasted(f'--init_from={config.out_dir}')} and another --out_dir"
+        more = another if config.length_schedule else "raise --max_steps"
+        log.say(f"{config.out_dir} is finished ({training.step} steps); for more of them {more}")
+    if config.length_targets and not evaluate.is_closed(out, training.step):
         model.eval()
         result = evaluate.summary(model, dataset, place, config.length_targets)
         if place.main:
             made = {"step": training.step, "seed": config.seed} | report.provenance(place)
-            runs.write_json(out / "length.json", result | made)
             evaluate.pictures(out, {out.name: result})
+            runs.write_json(out / "length.json", result | made)  # last, as the mark that all of it is there
             log.say("\n".join(evaluate.table({out.name: result})))
     if place.main:
         log.draw()

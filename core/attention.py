@@ -36,6 +36,13 @@ def written_out(encoding, parts, dropout=0.0):
     return functools.reduce(torch.add, map(encoding.values, shares, parts))
 
 
+def widened(encoding, parts, dropout=0.0):
+    """`written_out` for queries and keys that the encoding left in a wider dtype than the values', as float16 cannot
+    hold them: without autocast, which would bring them back to it."""
+    with torch.autocast(parts[0].q.device.type, enabled=False):
+        return written_out(encoding, parts, dropout)
+
+
 def ready(pairs):
     """The Pairs with a mask, and with a key and a value for every head: H / H_kv heads of queries share theirs."""
     groups = pairs.q.shape[1] // pairs.k.shape[1]
@@ -168,6 +175,8 @@ def choose(encoding, parts, dropout):
     q, pairs = parts[0].q, parts[0]
     half = q.dtype in (torch.bfloat16, torch.float16)
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if q.dtype != pairs.v.dtype:
+        return widened
     if encoding.writes_out or len(parts) > 1 or slow:
         return written_out
     if not encoding.biases:

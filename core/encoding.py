@@ -1,4 +1,4 @@
-"""The places where position can enter a model, the class that fills them, and the language of the `posenc` flag.
+"""The places where position can enter a model, and the class that fills them.
 
 Attention by itself is a function of a set. Position can enter a transformer at a few places, and an encoding is a class
 that overrides the hooks it needs:
@@ -23,7 +23,6 @@ To add an encoding, write one class into posenc.py or any file of zoo/. Its name
 and the tests, the benchmark and the gallery find it by themselves.
 """
 
-import ast
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -31,8 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from core.additions import BY_POSITION, TEMPERS
-from core.errors import nearest, require
+from core.errors import brief, nearest, require
 
 ENCODINGS = {}  # name -> class
 
@@ -90,12 +88,15 @@ class Encoding(nn.Module):
 
     name = None  # the flag's value
     arguments = {}
+    forms = {}  # argument that chooses a form -> {form: the arguments that this form reads, of those that not all read}
+    nested = ()  # arguments that are values of the flag themselves
     shared = False  # one instance serves all layers
     # Logits do not change when all positions shift by the same amount: it may have segments, and sinks near a window.
     relative = False
     positionless = False  # no hook reads a position, as order enters through the causal mask or the content alone
     turns_values = False  # `turn_values` is to be called
     rotate_once = True  # a rotated key stays true as the context grows, so the cache holds it rotated
+    by_length = False  # it is scaled to the length of the whole context, so that what is asked for changes the text
     chunk = math.inf  # the most queries that a CPU computes at once; lower it where logits cost much memory
     max_length = math.inf  # positions that exist are 0 ... max_length - 1
     way_out = ""  # what to do past max_length
@@ -133,15 +134,19 @@ class Encoding(nn.Module):
         for key, value in arguments.items():
             if key not in cls.arguments:
                 known = nearest(key, cls.arguments) if cls.arguments else "it takes no arguments"
-                raise ValueError(f"{cls.name} has no argument '{key}'; {known}")
+                raise ValueError(f"{cls.name} has no argument '{brief(key)}'; {known}")
             default = cls.arguments[key]
+            written = f"{cls.name}({key}={brief(repr(value))})"
             if isinstance(default, tuple):
-                if value not in default:
-                    raise ValueError(f"{cls.name}({key}={value!r}): choose from {', '.join(map(repr, default))}")
-            elif type(value) is not type(default) and not (type(default) is float and type(value) is int):
-                raise ValueError(f"{cls.name}({key}={value!r}): expected {type(default).__name__}, such as {default!r}")
-            elif isinstance(value, int | float) and not abs(value) < 1e30:
-                raise ValueError(f"{cls.name}({key}=...): numbers go to 1e30")
+                require(value in default, f"{written}: choose from {', '.join(map(repr, default))}")
+                continue
+            serves = type(value) is type(default) or (type(default) is float and type(value) is int)
+            require(serves, f"{written}: expected {type(default).__name__}, such as {default!r}")
+            for number in value if type(value) is list else [value]:
+                # Sums and products of whole numbers stay below 2^63.
+                limit, end = (2**40, "2^40") if type(default) is int else (1e30, "1e30")
+                bounded = not isinstance(number, int | float) or abs(number) < limit
+                require(bounded, f"{written}: numbers go to {end}")
         defaults = {key: value[0] if isinstance(value, tuple) else value for key, value in cls.arguments.items()}
         return defaults | arguments
 
@@ -260,125 +265,3 @@ def distances(i, j):
 def along_heads(x, n):
     """x (H,) -> (H, 1, ...) that broadcasts over n."""
     return x.view(-1, *[1] * n.dim())
-
-
-LAYER = (*Sight._fields, "temper")  # what a member of the flag may say of its layer
-
-
-def parse(spec):
-    """'rope(base=5e5, window=32)' -> (RoPE, {'base': 5e5}, {'window': 32}): the class, its arguments, and those of its
-    layer, which are in LAYER. All are literals, never evaluated; ValueError says what is off.
-
-    A name or a call as an argument, such as randomized(inner=rope(base=5e5)), stays a string for the encoding to parse.
-    """
-    wrong = f"posenc {spec!r} is not a name or name(argument=value, ...)"
-    try:
-        node = ast.parse(spec.strip(), mode="eval").body
-    except (SyntaxError, ValueError, AttributeError):
-        raise ValueError(wrong) from None
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    if not isinstance(call.func, ast.Name) or call.args or any(keyword.arg is None for keyword in call.keywords):
-        raise ValueError(wrong)
-    name, arguments = call.func.id, {}
-    if name not in ENCODINGS:
-        raise ValueError(f"no positional encoding is called '{name}'; {nearest(name, ENCODINGS)}")
-    for keyword in call.keywords:
-        if keyword.arg in arguments:
-            raise ValueError(f"posenc {spec!r} gives {keyword.arg} twice")
-        try:
-            arguments[keyword.arg] = ast.literal_eval(keyword.value)
-        except (ValueError, TypeError):
-            if not isinstance(keyword.value, ast.Name | ast.Call):
-                raise ValueError(wrong) from None
-            arguments[keyword.arg] = ast.unparse(keyword.value)
-    cls = ENCODINGS[name]
-    # rerope's window is its own, and no trained one.
-    own = [key for key in LAYER if key in arguments and key not in cls.arguments]
-    layer = {key: arguments.pop(key) for key in own}
-    for key in layer.keys() & set(Sight._fields):
-        whole = type(layer[key]) is int and 0 <= layer[key] < 1 << 62
-        require(whole, f"{spec}: {key} must be a number of tokens, or 0 for all")
-    temper = layer.get("temper", "none")
-    require(temper in TEMPERS, f"{spec}: temper must be one of {', '.join(TEMPERS)}")
-    everywhere = not any(layer.get(key) for key in Sight._fields)
-    require(everywhere or temper not in BY_POSITION, f"{spec}: {temper} acts on layers without window or chunk alone")
-    cls.checked(arguments)
-    return cls, arguments, layer
-
-
-def written(cls, arguments, layer=None):
-    """What `parse` takes apart, as text again. A bound of 0 is none, and is left out."""
-    bounds = {key: value for key, value in (layer or {}).items() if value}
-    listed = ", ".join(f"{key}={value!r}" for key, value in (arguments | bounds).items())
-    return f"{cls.name}({listed})" if listed else cls.name
-
-
-def members(spec):
-    """A value of the flag as the list that is cycled over the layers: that of one member, where it is no list."""
-    return [spec] if isinstance(spec, str) else spec
-
-
-def sights(spec, n_layer):
-    """The Sight of every layer under a value of the flag."""
-    each = [parse(text)[2] for text in members(spec)]
-    each = [Sight(*(layer.get(key, 0) for key in Sight._fields)) for layer in each]
-    return [each[layer % len(each)] for layer in range(n_layer)]
-
-
-def tempers(spec, n_layer, usual):
-    """The temper of every layer under a value of the flag: its member's, or else the `usual` one."""
-    each = [parse(text)[2] for text in members(spec)]
-    return [each[layer % len(each)].get("temper", usual) for layer in range(n_layer)]
-
-
-def every():
-    """Values of the flag to train, test and show: all encodings, in the form that has positions without end, and their
-    variants."""
-    specs = (spec for name, cls in ENCODINGS.items() for spec in (cls.unbounded or name, *cls.variants, *cls.stretches))
-    return list(dict.fromkeys(specs))
-
-
-def derives(spec, base):
-    """Whether a value of the flag names the encodings of another, whatever their arguments, or such as derive from them
-    (rerope from rope): those may take over its weights and arguments."""
-    new, old = ([parse(text)[0] for text in members(value)] for value in (spec, base))
-    old = old * len(new) if len(old) == 1 else old  # A list may give each layer what all of them had.
-    return len(new) == len(old) and all(map(issubclass, new, old))
-
-
-def build(spec, n_layer, **sizes):
-    """One encoding for every layer from `spec`, a string or a list of strings that is cycled over the layers. What a
-    member says of its layer leaves the encoding as it is: members that differ in that alone share an instance."""
-    parsed = [parse(text)[:2] for text in members(spec)]
-    require(parsed, "posenc is an empty list; name at least one encoding")
-    unused = ", ".join(members(spec)[n_layer:])
-    require(not unused, f"posenc has {len(parsed)} members for n_layer={n_layer} layers: {unused} would do nothing")
-    latest, layers = {}, []
-    for layer in range(n_layer):
-        cls, arguments = parsed[layer % len(parsed)]
-        key = (cls, repr(arguments))
-        if key not in latest or not latest[key].shared:
-            latest[key] = cls(**sizes, layer=layer, **arguments)
-        if latest[key].embeds and any(member != parsed[0] for member in parsed):
-            raise ValueError(f"{cls.name} acts before the first layer, so it cannot stand in a list over the layers")
-        layers.append(latest[key])
-    return layers
-
-
-def merge(spec, override):
-    """`override` laid over `spec`: arguments given again for an encoding, or one that derives from it, replace its own,
-    the others stay. In a list over the layers that is done for the members of that encoding, where there are any."""
-    if not isinstance(override, str):
-        same = not isinstance(spec, str) and len(spec) == len(override)  # then it is laid over it member by member
-        pairs = zip(spec, override, strict=True) if same else [(member, member) for member in override]
-        return [merge(old, new) if new else old for old, new in pairs]  # which parses and checks each of them
-    if not isinstance(spec, str):
-        ours = [derives(override, member) for member in spec]
-        return [merge(m, override) if own else m for m, own in zip(spec, ours, strict=True)] if any(ours) else override
-    (_, old, bounds), (new, given, layer) = parse(spec), parse(override)
-    if not derives(override, spec):
-        return override
-    for key, value in bounds.items():
-        free = not value or key not in new.arguments
-        require(free, f"{new.name} has a {key} of its own, and cannot be laid over {spec}")
-    return written(new, old | given, bounds | layer)

@@ -1,15 +1,23 @@
 """A mistake the user can mend is one clear line on stderr and exit status 2, never a traceback."""
 
+import contextlib
 import difflib
 import math
 import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
+from core import streams
+
 PATIENCE = 10  # seconds in which torchrun has certainly ended the processes that another one left alone
+PROCESSES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what torchrun sets, and what holds without it
+ENDS_WITH_PARENT = "TRAINSHORT_ENDS_WITH_PARENT"  # an environment variable that lab/workers.py sets for its processes
 
 
 class UserError(Exception):
@@ -110,27 +118,70 @@ def program():
     return spec.name.removesuffix(".__main__") if spec else os.path.basename(sys.argv[0])
 
 
-def run(main):
-    """Call main(argv) of a command and exit with its status. A UserError, or what the file system refuses, is one line
-    and status 2."""
+def processes():
+    """(RANK, WORLD_SIZE, LOCAL_RANK) of this process as torchrun has set them, (0, 1, 0) where they are not set.
+    UserError where they do not make sense, as those that a cluster leaves behind."""
+    rank, world, local_rank = words = [os.environ.get(key) or value for key, value in PROCESSES.items()]
     try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # The reader of our output left, as `| head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Flushing at exit would fail again.
-        sys.exit(0)
-    except Exception as error:
-        if out_of_memory(error):
-            error = UserError("out of memory: take less at once, or a smaller model")
-        mistake, rank = isinstance(error, UserError | OSError), int(os.environ.get("LOCAL_RANK", "0"))
-        # Under torchrun one process of each machine speaks, and when it leaves, torchrun ends the others, which wait
-        # here. A mistake of another process alone is said after that wait, and a connection that was lost because the
-        # first one left is not reported at all.
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (mistake and rank == 0):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(PATIENCE + rank)
-        if not mistake:
-            raise
-        print(f"{program()}: {line_of(error)}", file=sys.stderr)
-        sys.exit(2)
+        rank, world, local_rank = map(int, words)
+        met = world == 1 or bool(os.environ.get("MASTER_ADDR") and int(os.environ.get("MASTER_PORT") or 0))
+        if met and 0 <= local_rank <= rank < world:
+            return rank, world, local_rank
+    except ValueError:
+        pass
+    where = [f"{key}={os.environ[key]}" for key in (*PROCESSES, "MASTER_ADDR", "MASTER_PORT") if key in os.environ]
+    way_out = f"unset {' '.join(PROCESSES)}, or start with torchrun, which sets all of them"
+    raise UserError(f"the environment says {' '.join(where)}, which is no process of several: {way_out}")
+
+
+def end_with_parent():
+    """Where ENDS_WITH_PARENT is set and stdin is a pipe: get SIGTERM when the process at its other end has gone."""
+
+    def wait():
+        os.read(0, 1)  # It returns when the kernel closes the pipe of a process that was killed.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ.pop(ENDS_WITH_PARENT, None):
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def end_bars():
+    """End the lines of all progress bars, so that no other line is glued to one."""
+    for bar in list(getattr(tqdm, "_instances", ())):  # tqdm has no public name for them.
+        bar.close()
+
+
+def run(main, lasting=True):
+    """Call main(argv) of a command and exit with its status. A UserError, or what the file system refuses, is one line
+    and status 2.
+
+    lasting: the command goes on where nobody reads what it prints any more (`| head -1`), since its work lies in files.
+    One whose text is all there is ends there, with status 0. Output that a full disk lost is status 2 either way.
+    """
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on, instead of core.start's
+    end_with_parent()
+    with streams.prepared(lasting) as lost:
+        try:
+            sys.exit(main(sys.argv[1:]) or 2 * bool(lost))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and not lasting:
+                sys.exit(0)
+            end_bars()
+            if out_of_memory(error):
+                error = UserError("out of memory: take less at once, or a smaller model")
+            mistake, rank, world = isinstance(error, UserError | OSError), 0, 1
+            with contextlib.suppress(UserError):
+                _, world, rank = processes()
+            # Under torchrun one process of each machine speaks, and when it leaves, torchrun ends the others, which
+            # wait here. A mistake of another process alone is said after that wait, and a connection that was lost
+            # because the first one left is not reported at all.
+            if world > 1 and not (mistake and rank == 0):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(PATIENCE + rank)
+            if not mistake:
+                raise
+            print(f"{program()}: {line_of(error)}", file=sys.stderr)
+            sys.exit(2)

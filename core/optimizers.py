@@ -6,7 +6,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): momentum whose singular values are all driven to about 1, for matrices alone.
+    """Muon (Jordan et al. 2024): momentum whose singular values are driven to about 1, for matrices alone.
 
         M <- mu M + (1 - mu) G,   U = orthogonalise(G + mu (M - G))
         W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) U
@@ -37,9 +37,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(x, steps=5):
-    """(count, rows, columns) -> U V^T for each x = U S V^T, nearly: singular values land in 0.7 ... 1.2.
+    """(count, rows, columns) -> U V^T for each x = U S V^T, nearly: singular values land in 0.67 ... 1.21.
 
-    A Newton-Schulz iteration of degree five, with the coefficients that Jordan et al. chose for steepness at 0.
+    A Newton-Schulz iteration of degree five, with the coefficients that Jordan et al. chose for steepness at 0. Five
+    steps of it multiply small values by 485: those below 1/700 of the matrix's norm stay smaller. Of random square
+    matrices that is 1 % of the values at a width of 64 and 2 % at 512, of matrices twice as wide as high none.
     """
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -63,7 +65,7 @@ def make(model, config, place):
     known = {id(p) for p in matrices}
     rest = {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0}
     rate, decay = config.learning_rate, config.weight_decay
-    adamw = {"lr": rate, "betas": (config.beta1, config.beta2), "fused": place.device.type != "mps"}
+    adamw = {"lr": rate, "betas": (config.beta1, config.beta2), "fused": place.device.type in ("cpu", "cuda")}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, rest], **adamw)]
     # bfloat16 is enough where the hardware multiplies it, and a hundred times slower where it does not.

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core.errors import UserError, count
+from core.errors import UserError, count, processes
 
 # Peak of dense bfloat16 products in FLOP/s, from the vendor's data sheets.
 PEAK = {
@@ -107,11 +106,9 @@ def choose(device="auto", dtype="auto", inference=False):
 
     auto takes CUDA, then MPS, then the CPU; and bfloat16 where the hardware multiplies it, else float16 on CUDA, else
     float32. Decoding on the CPU is bound by memory and gains nothing from bfloat16, so `inference` takes float32 there.
-    UserError for what this machine lacks.
+    UserError for what this machine lacks, or for an environment that is not torchrun's.
     """
-    rank, world, local_rank = (
-        int(os.environ.get(key, fallback)) for key, fallback in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, world, local_rank = processes()
     device = find_device(device, world, local_rank)
     on_cuda = device.type == "cuda"
     if on_cuda:
@@ -227,33 +224,3 @@ class Neighbours:
             if self.said
             else None
         )
-
-
-class Stop:
-    """SIGTERM and Ctrl-C ask the run to finish its step, save and leave; a second Ctrl-C ends it at once."""
-
-    def __init__(self, place):
-        self.signal, self.group = 0, None
-        if place.world > 1:  # A group of its own on the CPU: asking costs the GPU no synchronisation.
-            self.group = dist.new_group(backend="gloo")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        """Remember the signal. This is its handler."""
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-        self.signal = number
-
-    def end(self):
-        """Let the signals end the process at once again, since nothing is left to save."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def asked(self):
-        """The signal that any process got, or 0: all processes stop after the same step."""
-        if self.group is None:
-            return self.signal
-        flag = torch.tensor(self.signal)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
-        return int(flag)

@@ -1,5 +1,6 @@
 """Tables and pictures for people, with what made them."""
 
+import os
 import re
 import subprocess
 import time
@@ -26,7 +27,9 @@ def lines(path, series, x_label, y_label, *, log_x=False, log_y=False, mark_x=No
     def draw(figure, axes):
         for index, (name, (xs, ys, *band)) in enumerate(series.items()):
             look = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
-            axes.plot(xs, ys, marker="o" if len(xs) < 30 else None, markersize=4, label=name, **look)
+            # A name can be a folder's, whose bytes need not be UTF-8; a dollar would begin a formula.
+            look["label"] = os.fsencode(name).decode(errors="replace").replace("$", r"\$")
+            axes.plot(xs, ys, marker="o" if len(xs) < 30 else None, markersize=4, **look)
             if band:
                 axes.fill_between(xs, *band, color=look["color"], alpha=0.2, linewidth=0)
         if log_x:
@@ -101,7 +104,7 @@ def provenance(place):
 
     def git(*words):
         root = Path(__file__).parent.parent
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, encoding="utf-8", check=True)
         return done.stdout.strip()
 
     try:
@@ -112,13 +115,19 @@ def provenance(place):
     return {"commit": commit, "torch": torch.__version__, "hardware": place.hardware, "date": time.strftime("%Y-%m-%d")}
 
 
-def write_table(path, name, lines, command, place, **more):
-    """Put Markdown lines into the file at `path`, with the command and the provenance below them: between the comments
-    <!-- name --> and <!-- /name --> where the file has them, else as the whole file."""
+def place_of(name):
+    """The pattern, in bytes, of what stands in a page between the lines <!-- name --> and <!-- /name -->."""
+    mark = re.escape(name.encode())
+    return re.compile(rb"(?s)(?<=<!-- %b -->)(\r?\n).*?(?=<!-- /%b -->)" % (mark, mark))
+
+
+def write_table(path, name, lines, command, place, *, page=None, **more):
+    """Put Markdown lines into the file at `path`, with the command and the provenance below them: into the place that
+    `place_of` finds in it, or in `page`, a whole new text for it; without such a place as the whole file."""
     made = ", ".join(f"{key} {value}" for key, value in (more | provenance(place)).items())
-    path, text = Path(path), "\n".join([*lines, "", f"Made by `{command}`: {made}."]) + "\n"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    mark = re.escape(name)
-    new, places = re.subn(rf"(?s)(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: text, old)
-    with atomic(path) as file:
+    text = "\n".join([*lines, "", f"Made by `{command}`: {made}."]) + "\n"
+    path, text = Path(path), text.encode(errors="surrogateescape")  # A name in the command need not be UTF-8.
+    old = page.encode() if page else path.read_bytes() if path.exists() else b""
+    new, places = place_of(name).subn(lambda found: found[1] + text, old)
+    with atomic(path, "wb") as file:
         file.write(new if places else text)

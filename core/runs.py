@@ -1,23 +1,23 @@
-"""Run folders: what a run leaves on disk, written so that it is never lost, and read so that it can do no harm."""
+"""Run folders: what a run leaves on disk, found, gone on from, opened and logged. Its checkpoints: checkpoints.py."""
 
+import contextlib
 import json
 import math
-import os
-import pickle
 import re
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
-import torch
 from tqdm import tqdm
 
 import posenc
-from core import files, report
+from core import checkpoints, files, optimizers, report
+from core.checkpoints import BEST, CKPT, PREVIOUS, SOURCE, save  # noqa: F401  # They are used as parts of runs.
 from core.errors import UserError, brief, command, nearest, note, pasted
+from core.files import write_json, write_whole  # noqa: F401
 from core.flags import make
 from core.place import Neighbours
 from core.settings import Config
@@ -25,9 +25,7 @@ from data import vocabulary
 from model import GPT, GPTConfig
 
 PUBLISHED = "hf:"  # what a published model's name begins with
-CKPT, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "best.pt"
 LOCK = "train.lock"
-SOURCE = "source.json"  # in a run that hub/load.py made: which published model it was made from
 
 
 # Writing a run.
@@ -44,36 +42,27 @@ def lock(folder):
     return files.lock(folder / LOCK)
 
 
-def save(folder, name, state):
-    """Write a checkpoint. The latest one before it stays, as ckpt_prev.pt, and makes way only for a whole new one."""
-    latest = Path(folder) / CKPT
-    with files.atomic(Path(folder) / name, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's name for a disk that is full
-            raise OSError(f"{Path(folder) / name} cannot be written: {error}") from None
-        files.flush(file)
-        if name == CKPT and latest.exists():
-            os.replace(latest, latest.with_name(PREVIOUS))
-
-
-def write_whole(path, text):
-    """Write a text file: a kill leaves the old one or the new one."""
-    with files.atomic(path) as file:
-        file.write(text)
-
-
-def write_json(path, value):
-    """Write a value of plain types as a JSON file: a kill leaves the old one or the new one."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")
-
-
 def read_json(path):
-    """The JSON file's value, or {} where there is none that is whole."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """The object in a JSON file of ours, or {} where there is none. One that is damaged is set aside, with a line: none
+    of these files is worth stopping for."""
+    path = Path(path)
+    if not path.exists():
         return {}
+    if path.is_file():
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            return value
+    set_aside(path)
+    return {}
+
+
+def set_aside(path, why="is damaged"):
+    """Rename a damaged file of ours to NAME.damaged, and say so."""
+    with contextlib.suppress(FileNotFoundError):  # Another process of the run may have been faster.
+        tqdm.write(f"{path} {why}: set aside as {files.set_aside(path).name}", file=sys.stderr)
 
 
 def plain(config):
@@ -105,7 +94,7 @@ def find(run):
     path = Path(run)
     if path.is_file():
         return path
-    for name in (CKPT, PREVIOUS):  # a kill between the two renames of `save` leaves the previous one alone
+    for name in (CKPT, PREVIOUS):  # A kill of an older version, at a certain moment, left the previous one alone.
         if (path / name).exists():
             return path / name
     if not path.exists():
@@ -118,35 +107,14 @@ def find(run):
 
 
 def load(run):
-    """A run folder, checkpoint file or published model -> its state, of tensors and plain values, checked. Nothing in
-    it can run code. UserError for what is damaged or no checkpoint of ours, with what to do."""
+    """A run folder, checkpoint file or published model -> its state, as `checkpoints.read` checked it. UserError for
+    what is damaged or no checkpoint of ours, with what to do."""
     path = find(run)
-    mapped = path.with_name(SOURCE).exists()  # A published model can be large, and no training writes over it.
-    try:
-        with warnings.catch_warnings(action="ignore"):  # on pickle protocols: the error says what matters
-            state = checked(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), path)
-    except pickle.UnpicklingError:
-        wrong = "is damaged, or no checkpoint of ours: it holds more than tensors and plain values"
-    except PermissionError:
-        raise
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
-        wrong = "is damaged, perhaps cut short"
-    else:
-        state["config"]["tokenizer"] = locate_tokenizer(state["config"]["tokenizer"], path)
-        return state
-    raise UserError(f"{path} {wrong}; {instead_of(path)}")
-
-
-def checked(state, path):
-    """The state read from `path`, if it is one of ours, with a default for every setting that it lacks. UserError
-    otherwise."""
-    kinds = {"model": dict, "step": int, "config": dict}  # what every checkpoint holds; the latest holds more
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
-        raise UserError(f"{path} is no checkpoint of ours: it lacks model, step or config")
-    unknown = state["config"].keys() - {field.name for field in fields(Config)}
-    if unknown:
-        raise UserError(f"{path} has settings this version does not know: {', '.join(sorted(map(str, unknown)))}")
-    return state | {"config": plain(Config()) | state["config"]}  # It may be older than some settings.
+    if path.name == PREVIOUS and path != Path(run):
+        note(f"{path.with_name(CKPT)} is missing: taking {path}, the one before it")
+    state = checkpoints.read(path)
+    state["config"]["tokenizer"] = locate_tokenizer(state["config"]["tokenizer"], path)
+    return state
 
 
 def locate_tokenizer(name, path):
@@ -161,18 +129,6 @@ def locate_tokenizer(name, path):
         return str(find(name).with_name(vocabulary.FILE))
     except UserError as error:
         raise UserError(f"{path}: its tokenizer is that of a published model: {error}") from None
-
-
-def instead_of(path):
-    """The way out where the checkpoint at `path` cannot be read, in words."""
-    if path.with_name(SOURCE).exists():
-        return f"remove {path.parent}, and it is made again from the published model"
-    previous, best = path.with_name(PREVIOUS), path.with_name(BEST)
-    if path.name == CKPT and previous.exists():
-        return f"go back to the one before: {pasted('mv', previous, path)}"
-    if path.name != BEST and best.exists():
-        return f"go on from the run's best weights with {pasted(f'--init_from={best}')} and another --out_dir"
-    return "train it anew, with another --out_dir"
 
 
 def config_of(state, **changes):
@@ -276,6 +232,11 @@ def resume(config, dataset, tokenizer):
         differ = [f"{key} was {old[key]!r} and is now {new[key]!r}" for key in changed]
         way_out = "Start another with --out_dir, or set them back"
         raise UserError(f"{out} holds a run with other settings: {', '.join(differ)}. {way_out}")
+    if config.phases != config_of(state).phases:  # of a length_schedule, whose shares are those of all steps
+        was = f"max_steps was {state['config']['max_steps']} and is now {config.max_steps}"
+        moved = "which would move the phases of its length_schedule, and batches would come twice"
+        way_out = f"Set it back, or go on from its weights with {pasted(f'--init_from={out}')} and another --out_dir"
+        raise UserError(f"{out}: {was}, {moved}. {way_out}")
     if "optimizer" not in state:
         why = "it holds no optimiser state (best.pt does not); use --init_from"
         raise UserError(f"{find(out)} cannot go on: {why}")
@@ -341,30 +302,60 @@ def names(paths):
 class Log:
     """metrics.jsonl, the progress bar and the picture of the loss. Only the main process writes.
 
-    start: time.perf_counter() when the process began. Lines of steps after `step` are cut off: they are done again.
+    step, before: where the run goes on, and the Config that it had until then. start: time.perf_counter() when the
+    process began. Lines of steps after `step` are cut off: they are done again.
     """
 
-    def __init__(self, folder, place, step, max_steps, start):
-        self.path, self.main, self.start = Path(folder) / "metrics.jsonl", place.main, start
+    def __init__(self, config, place, step, before, start):
+        folder, max_steps = Path(config.out_dir), config.max_steps
+        self.path, self.main, self.start = folder / "metrics.jsonl", place.main, start
         self.neighbours = Neighbours()
         self.bar = tqdm(
-            initial=step, total=max_steps, desc=brief(Path(folder).name, 60), dynamic_ncols=True,
+            initial=step, total=max_steps, desc=brief(folder.name, 60), dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10, disable=not self.main or step >= max_steps,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )  # fmt: skip
         if self.main:
-            kept = [line for line in self.lines() if line["step"] <= step]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self.begin(step, max(config.log_interval, before.log_interval))
+            self.say_jump(step, before, config)
+
+    def begin(self, step, interval):
+        """Keep the lines up to `step`, and say what is not there: damaged lines, or none for more steps than the
+        interval between two."""
+        lines, damaged = self.lines()
+        if damaged:
+            set_aside(self.path, f"has {damaged} damaged lines; the others are kept")
+        kept = [line for line in lines if line["step"] <= step]
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        logged = [0, *(line["step"] for line in kept if "loss" in line), step + 1]
+        for before, after in pairwise(logged):
+            if after - before > interval:
+                self.say(f"{self.path} says nothing of the loss between steps {before} and {min(after, step)}")
+
+    def say_jump(self, step, before, config):
+        """Say how the learning rate goes on where max_steps is another than before: it follows shares of all steps."""
+        if before.max_steps != config.max_steps and 0 < step < config.max_steps:
+            was, now = (optimizers.learning_rate(*known) for known in ((before, step - 1), (config, step)))
+            rates = f"{was * before.learning_rate:.3g} to {now * config.learning_rate:.3g}"
+            jump = f"the learning rate goes {'back up' if now > was else 'on'} from {rates}"
+            self.say(f"max_steps was {before.max_steps} and is now {config.max_steps}: {jump}")
 
     def lines(self):
-        """The lines so far; one that a kill cut short is left out."""
-        lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        """(the lines so far, how many others are damaged). The last one may have been cut short by a kill."""
+        if not self.path.is_file():
+            return [], int(self.path.exists())
+        lines, damaged, texts = [], 0, self.path.read_bytes().split(b"\n")
+        for text in texts:
             try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
-        return lines
+                line = json.loads(text)
+                numbers = {type(value) for value in line.values()} <= {int, float, type(None)}
+            except (ValueError, RecursionError, AttributeError):
+                numbers = False
+            if numbers and type(line.get("step")) is int:
+                lines.append(line)
+            elif text is not texts[-1]:
+                damaged += 1
+        return lines, damaged
 
     def write(self, **line):
         """Add a line of numbers, and the seconds since the start."""
@@ -372,17 +363,16 @@ class Log:
             # JSON knows no infinity, which is the norm of a gradient that overflowed float16.
             line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             line["seconds"] = round(time.perf_counter() - self.start, 2)
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            files.append(self.path, json.dumps(line) + "\n")
 
     def say(self, text):
-        """Print a line above the bar."""
+        """Print a line above the bar. Where nobody reads it any more, the run goes on (core.streams)."""
         if self.main:
             tqdm.write(text)
 
     def draw(self):
         """loss.png, from the lines so far."""
-        lines = self.lines()
+        lines, _ = self.lines()
         series = {
             name: ([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
             for name, key in (("training", "loss"), ("validation", "val_loss"))

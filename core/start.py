@@ -3,9 +3,28 @@
 import contextlib
 import ctypes
 import os
+import signal
+import sys
 import time
 
 BEGAN = time.perf_counter()  # "seconds" in metrics.jsonl count what a user waits, imports included
+
+# The next file that is opened, a checkpoint say, would take the place of a standard stream that is closed (`2>&-`), and
+# get what libraries print there.
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(sys, name) is None:
+        stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
+        os.set_inheritable(stream.fileno(), True)
+        setattr(sys, name, stream)
+
+# Ctrl-C while a command imports its modules ends it at once and without a traceback, which some of them would swallow.
+# core.errors.run takes over from there. A notebook or a test that imports a command keeps its own handler.
+importer = sys._getframe(1)
+while importer.f_code.co_filename.startswith("<frozen importlib"):
+    importer = importer.f_back
+command = importer.f_globals.get("__name__") == "__main__" and "__file__" in importer.f_globals
+if command and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # OpenMP's threads on the CPU spin while they wait for each other. Where another program wants a core, each of a step's
 # thousand barriers costs what is left of a time slice: 30000 turns are as fast as 1000 alone, and a third as fast

@@ -72,6 +72,11 @@ def begin(tokenizer):
     return getattr(tokenizer, "begin", [])
 
 
+def ends(tokenizer):
+    """The ids that end a text, of which the first stands behind documents: one, but in some published models."""
+    return getattr(tokenizer, "ends", [tokenizer.eot_token])
+
+
 def fingerprint(tokenizer):
     """A checksum of what every id stands for: tokenizers of one fingerprint read each other's tokens."""
     digest = hashlib.sha256()

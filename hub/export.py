@@ -11,7 +11,6 @@ import core.start  # noqa: F401  # isort: skip
 
 import contextlib
 import dataclasses
-import os
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from typing import ClassVar
 import torch
 
 import posenc
-from core import runs
+from core import files, runs
 from core.errors import UserError, run
 from core.flags import flags, make
 from data import vocabulary
 from hub import load
 from hub.families import FAMILIES, relaid, settings_of, skeleton, theirs
-from hub.rope import SCALINGS
+from hub.rope import LARGEST, SCALINGS
 from model import GPTConfig, make_norm
 
 try:
@@ -118,6 +117,8 @@ def choose(config):
     # Of a qwen2 folder, transformers 5 splits text by Qwen2's own rule, whatever tokenizer.json says: llama will do.
     kinds = [kind for kind in FAMILIES if kind != "qwen2" or vocabulary.published(config.tokenizer)]
     by_kind = {kind: pair for kind in kinds if (pair := differences(said, kind)) is not None}
+    if not by_kind:
+        raise UserError(f"no published family has models of these sizes: they go to {LARGEST}")
     kind = min(by_kind, key=lambda kind: [len(keys) for keys in by_kind[kind]])
     obstacles, absorbed = by_kind[kind]
     if obstacles:
@@ -170,29 +171,39 @@ class Options:
 
 def tokenizer_keys(tokenizer):
     """The entries about a tokenizer in config.json, and those in tokenizer_config.json."""
-    inner, end = tokenizer_json.inner(tokenizer), tokenizer.eot_token
-    ids = {"bos_token": (vocabulary.begin(tokenizer) or [end])[0], "eos_token": end}
-    texts = {key: inner.id_to_token(id) for key, id in ids.items()}
+    inner, ends = tokenizer_json.inner(tokenizer), vocabulary.ends(tokenizer)
+    begin = [*vocabulary.begin(tokenizer), ends[0]][0]
+    texts = {"bos_token": inner.id_to_token(begin), "eos_token": inner.id_to_token(ends[0])}
     about = texts | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return {f"{key}_id": id for key, id in ids.items()} | {"pad_token_id": None}, about
+    ids = {"bos_token_id": begin, "eos_token_id": ends if ends[1:] else ends[0], "pad_token_id": None}
+    return ids, about
 
 
 @contextlib.contextmanager
 def whole(folder):
     """A new folder beside `folder`, an empty one or none, which gets its name when the block has ended. A kill leaves a
-    hidden folder that nothing uses."""
+    hidden folder that nothing uses, and the next one removes. UserError where another process writes it now."""
     folder = folder.resolve()
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had our number
-    part.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    locked, part = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("lock", "part"))
+    lock = files.lock(locked)
+    if lock is None:
+        raise UserError(f"another process writes {folder}: wait for its end, or name another folder")
     try:
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        part.mkdir()
         yield part
+        files.flush_folder(part)
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"{folder}/{Path(error.filename or '').name}") from None
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open.
+            locked.unlink()
+        lock.release()
 
 
 def write(folder, opened, kind, cfg):
@@ -206,7 +217,7 @@ def write(folder, opened, kind, cfg):
         try:
             save_file(their_weights(opened.model, kind, written), part / load.WEIGHTS, {"format": "pt"})
         except SafetensorError as error:  # What the disk refuses comes as one too.
-            raise UserError(f"{part / load.WEIGHTS} cannot be written: {error}") from None
+            raise UserError(f"{folder / load.WEIGHTS} cannot be written: {error}") from None
         shutil.copymode(part / "config.json", part / load.WEIGHTS)  # safetensors lets its owner alone read it.
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from core.errors import require
+from core.errors import brief, require
 from core.flags import convert
 from core.settings import Config
-from hub.rope import read_rope, unsupported, write_rope
+from hub.rope import LARGEST, read_rope, unsupported, write_rope
 from model import GPT
 
 
@@ -46,8 +46,8 @@ ACTIVATIONS = {
 
 def read_activation(cfg, key, usual):
     """config.json's `key`, or `usual` where it is not there -> our `activation`."""
-    name = cfg.get(key) or usual
-    if name not in ACTIVATIONS:
+    name = usual if cfg.get(key) is None else cfg[key]
+    if name not in list(ACTIVATIONS):
         unsupported(key, name)
     return {"activation": ACTIVATIONS[name]}
 
@@ -59,9 +59,6 @@ def write_activation(config, key):
 
 def read_llama(cfg):
     """Rope, and which layers have biases."""
-    wide = cfg["hidden_size"] // cfg["num_attention_heads"]
-    if cfg.get("head_dim") not in (None, wide):
-        unsupported("head_dim", cfg["head_dim"])
     bias = {(False, False): False, (True, False): "attention", (True, True): True}
     biases = bool(cfg.get("attention_bias")), bool(cfg.get("mlp_bias"))
     if biases not in bias:
@@ -232,8 +229,11 @@ def settings_of(cfg):
         values = [cfg[name] for name in names if cfg.get(name) is not None]
         require(values or ours in settings, f"it lacks {names[0]}")
         if values:
-            settings[ours] = convert(values[0], ours, Config, names[0])
-    require(settings["n_head"] >= 1, f"n_head must be at least 1, not {settings['n_head']}")
+            value = settings[ours] = convert(values[0], ours, Config, names[0])
+            # To us a size or an eps of 0 means a default, which theirs does not.
+            most = 1.0 if type(value) is float else LARGEST
+            fits = type(value) is bool or 0 < value <= most
+            require(fits, f"{names[0]}: {ours} must be above 0 and at most {most}, not {brief(value)}")
     for key, value in ({"quantization_config": None, "is_encoder_decoder": False} | family.only).items():
         if cfg.get(key) not in (None, value):
             unsupported(key, cfg[key])

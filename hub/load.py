@@ -8,15 +8,15 @@ they were published in. A tensor that is missing, left over or of another shape 
 
 import functools
 import hashlib
-import json
+import os
 import re
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 
 from core import files, runs
-from core.errors import UserError
+from core.errors import UserError, brief
 from core.settings import Config
 from data import vocabulary
 from hub.families import FAMILIES, relaid, settings_of, skeleton, theirs
@@ -28,12 +28,13 @@ try:
 except ImportError:  # They are an extra, requirements-hf.txt.
     tokenizer_json = None
 
-FORMAT = 1  # of the runs that are made here: under another number they are made anew
+FORMAT = 2  # of the runs that are made here: under another number they are made anew
 OUT = Path("out/hf")  # where the runs made from published models lie
 PATIENCE = 10  # seconds for the first answer of the server
 CONFIG, TOKENIZER = "config.json", vocabulary.FILE
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = (CONFIG, TOKENIZER, "model*.safetensors", INDEX)
+NAME_A_FOLDER = f"name a folder with {', '.join(FILES)}"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NO_WEIGHTS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # of older writers
 
@@ -79,7 +80,7 @@ def is_folder(name):
 def local_run(name):
     """Where the run made from hf:FOLDER lies. A key of the whole path tells apart folders of one name."""
     path = Path(name.removeprefix(runs.PUBLISHED)).expanduser().resolve()
-    return OUT / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    return OUT / f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def record(source):
@@ -87,7 +88,8 @@ def record(source):
     read, and the index of the tensors."""
     index = weight_map(source)
     stats = {}
-    for name in sorted({CONFIG, TOKENIZER, *(index.values() or {WEIGHTS})}):
+    about_ends = (tokenizer_json.GENERATION, tokenizer_json.END)
+    for name in sorted({CONFIG, TOKENIZER, *about_ends, *(index.values() or {WEIGHTS})}):
         path = source / name
         stats[name] = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
     return {"format": FORMAT, "folder": str(source.resolve()), "files": stats, "index": index}
@@ -95,17 +97,16 @@ def record(source):
 
 def convert(source, folder):
     """Make the run folder from the source folder."""
-    recorded, cfg = record(source), read_json(source / CONFIG)
+    recorded, cfg = record(source), tokenizer_json.read_object(source / CONFIG, NAME_A_FOLDER)
+    for name in recorded["files"]:
+        check_content(source / name)
     try:
-        config = Config(**settings_of(cfg), tokenizer=TOKENIZER)
-    except (UserError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        with torch.device("meta"):  # The sizes are not known to fit the weights yet.
+            config = Config(**settings_of(cfg), tokenizer=TOKENIZER)
+    except (UserError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{source / CONFIG}: {error}") from None
-    tokenizer = tokenizer_json.Tokenizer(source / TOKENIZER, cfg.get("eos_token_id"))
-    if tokenizer.n_vocab > config.vocab_size:
-        raise UserError(
-            f"{source / TOKENIZER} has {tokenizer.n_vocab} tokens, and config.json's vocab_size is "
-            f"{config.vocab_size}: they do not belong together"
-        )
+    tokenizer = tokenizer_json.load(source / TOKENIZER)
+    check_vocabulary(tokenizer, config.vocab_size)
     checkpoint = {"model": weights(source, cfg, config), "step": 0, "config": runs.plain(config)}
     checkpoint["tokenizer_fingerprint"] = vocabulary.fingerprint(tokenizer)
     # The record of the source is written last: until then a kill leaves a folder that the next try fills anew. Other
@@ -117,6 +118,17 @@ def convert(source, folder):
     runs.write_json(folder / CONFIG, checkpoint["config"])
     runs.save(folder, runs.CKPT, checkpoint)
     runs.write_json(folder / runs.SOURCE, recorded)
+
+
+def check_vocabulary(tokenizer, rows):
+    """UserError for a tokenizer with more tokens than the table of embeddings has rows."""
+    count = tokenizer.n_vocab
+    if count > rows:
+        raise UserError(
+            f"{tokenizer.path} has {count} tokens, and {CONFIG}'s vocab_size is {rows}: remove those from id {rows} "
+            f"on, or give the model rows for them, in transformers: model.resize_token_embeddings({count}); "
+            "model.save_pretrained(FOLDER)"
+        )
 
 
 # Finding a source.
@@ -148,7 +160,8 @@ def download(name):
     except Exception as error:  # It passes on what it meets in the network, in HTTP and on the disk.
         refused = error
     try:
-        return Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=refused is not None))
+        wanted = [*FILES, tokenizer_json.GENERATION]
+        return Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=refused is not None))
     except Exception as error:
         said = " ".join(str(refused or error).split()) or type(refused or error).__name__
         raise UserError(
@@ -160,26 +173,28 @@ def download(name):
 # Reading its files.
 
 
-def read_json(path):
-    """The object in a JSON file of the source. UserError for what is missing or damaged."""
-    if not path.exists():
-        raise UserError(f"{path.parent} has no {path.name}; name a folder with {', '.join(FILES)}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object")
-    return value
+def check_content(path):
+    """UserError for a damaged file in the cache of huggingface_hub, whose links lead to large files that are called by
+    their SHA-256. No other folder says what its files should hold."""
+    content = path.resolve()
+    if content.is_file() and re.fullmatch("[0-9a-f]{64}", content.name):
+        with content.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != content.name:
+                raise UserError(f"{path} is damaged; remove {content}, and it is downloaded again")
 
 
 def weight_map(source):
-    """{tensor: the file it is in} where the weights lie in several files; {} without an index of them."""
-    if not (source / INDEX).exists():
+    """{tensor: the file it is in} where the weights lie in several files; {} where they lie in one, which goes before
+    an index that an earlier version of the model left behind. UserError for an index that leads out of the folder."""
+    if (source / WEIGHTS).exists() or not (source / INDEX).exists():
         return {}
-    index = read_json(source / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+    index = tokenizer_json.read_object(source / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
         raise UserError(f"{source / INDEX} has no weight_map from tensors to files; download it again")
+    for file in index.values():
+        path = PureWindowsPath(file)  # It knows the separators and roots of all systems.
+        if path.anchor or ".." in path.parts or not path.name or "\0" in file or len(file) > 255:
+            raise UserError(f"{source / INDEX} names {brief(file)!r}, no file in its folder; download it again")
     return index
 
 
@@ -189,13 +204,14 @@ def open_weights(source):
     if not index and not (source / WEIGHTS).exists():
         raise UserError(f"{source} has neither {WEIGHTS} nor {INDEX}; other formats can run code and are not read")
     for name in sorted(set(index.values())) or [WEIGHTS]:
-        if not (source / name).exists():
-            raise UserError(f"{source} lacks {name}, which {INDEX} names; download it again")
+        tokenizer_json.require_file(source / name, f"{f'{INDEX} names it; ' if index else ''}download it again")
         try:
             file = safe_open(source / name, "pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{source / name} is damaged, perhaps cut short ({error}); download it again") from None
-        opened |= dict.fromkeys(file.keys(), file)
+        # Where several files hold a tensor, the index says whose it is.
+        held = file.keys()
+        opened |= {tensor: file for tensor in held if index.get(tensor, name) == name}
     for tensor in index.keys() - opened.keys():
         raise UserError(f"{source / index[tensor]} lacks {tensor}, which {INDEX} says is in it; download it again")
     return opened
@@ -205,6 +221,9 @@ def weights(source, cfg, config):
     """{our name: tensor}, in the dtype of the files. UserError for what is missing, left over, or of another shape than
     config.json says."""
     family, opened, state, used = FAMILIES[cfg["model_type"]], open_weights(source), {}, set()
+    if config.n_layer > len(opened):
+        layers = f"config.json asks for {config.n_layer} layers, and the files have {len(opened)} tensors"
+        raise UserError(f"{source}: {layers}: they do not belong together")
     for name, empty in skeleton(config).items():
         if name == "head.weight" and config.tie_embeddings:
             state[name] = state["token.weight"]
@@ -214,22 +233,31 @@ def weights(source, cfg, config):
             if part not in opened:
                 raise UserError(f"{source} lacks the tensor {part}; download it again")
         used.update(names)
-        parts = [opened[part].get_tensor(part) for part in names]
+        parts = [floats(source, opened, part) for part in names]
         check_parts(source, dict(zip(names, parts, strict=True)), relaid(family, name, empty, config.n_head, back=True))
         state[name] = relaid(family, name, torch.cat(parts) if parts[1:] else parts[0], config.n_head)
     for name in sorted(opened.keys() - used):
         tied = config.tie_embeddings and [name] == theirs(family, "head.weight")
-        tied = tied and torch.equal(opened[name].get_tensor(name).float(), state["token.weight"].float())
+        tied = tied and torch.equal(floats(source, opened, name).float(), state["token.weight"].float())
         if not tied and not NO_WEIGHTS.search(name):
             raise UserError(f"{source}: the tensor {name} has no place in this {cfg['model_type']} model")
     return state
 
 
+def floats(source, opened, name):
+    """A tensor of the open files. UserError for one of another dtype than floats have."""
+    try:
+        tensor = opened[name].get_tensor(name)
+        dtype = tensor.dtype
+    except SafetensorError as error:  # of a dtype that torch has not
+        dtype = error
+    if dtype not in FLOATS:
+        raise UserError(f"{source}: {name} is of {dtype}, and quantised weights are not supported")
+    return tensor
+
+
 def check_parts(source, parts, expected):
-    """UserError unless {name: tensor}, stacked, are floats of the expected tensor's shape."""
-    first = next(iter(parts))
-    if any(part.dtype not in FLOATS for part in parts.values()):
-        raise UserError(f"{source}: {first} is of {parts[first].dtype}, and quantised weights are not supported")
+    """UserError unless {name: tensor}, stacked, are of the expected tensor's shape."""
     shape, rows = list(expected.shape), sum(part.shape[:1].numel() for part in parts.values())
     if any(part.dim() == 0 or [rows, *part.shape[1:]] != shape for part in parts.values()):
         shapes = ", ".join(f"{name} is {list(part.shape)}" for name, part in parts.items())

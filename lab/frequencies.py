@@ -170,25 +170,24 @@ def silencing(model, loss, share=0.25):
 # Tables and pictures of several runs.
 
 
-def look(opened, place, folder):
+def look(opened, place):
     """opened: {name: (model at the place, windows for `frequencies`, loss for `silencing`)} -> ({name: all figures, as
-    JSON has them}, lines of Markdown); writes pictures of norms and contributions into the folder.
+    JSON has them}, lines of Markdown, a function that draws norms and contributions into a folder).
 
     Models with the same settings, seeds of one run say, are told together: means over them, with the standard deviation
     beside each. UserError, before anything is computed, where a run's encoding is no rotation.
     """
     for model, _, _ in opened.values():
         rotation(model)
-    Path(folder).mkdir(parents=True, exist_ok=True)
     records, alike = {}, {}
     for name, (model, windows, loss) in opened.items():
         known = {"posenc": model.config.posenc, "train_length": model.config.train_length, "windows": len(windows)}
         records[name] = known | frequencies(model, windows, place) | {"silencing": silencing(model, loss)}
         settings = tuple(str(getattr(model.config, field.name)) for field in fields(GPTConfig))
         alike.setdefault((settings, len(windows), *records[name]["silencing"]["lengths"]), {})[name] = records[name]
-    for group in alike.values():
-        pictures(folder, group)
-    return as_json(records), [line for group in alike.values() for line in tables(group)]
+    groups = alike.values()
+    draw = lambda folder: [pictures(folder, group) for group in groups]  # noqa: E731
+    return as_json(records), [line for group in groups for line in tables(group)], draw
 
 
 def tables(group):

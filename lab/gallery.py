@@ -197,9 +197,9 @@ def main(argv):
         picture(docs / pictures[spec], model.posenc[0], options.train_length)
     lines = table(rows)
     print("\n".join(lines))
-    runs.write_whole(docs / "encodings.md", "\n".join(page(options, pictures)) + "\n")
     command = shlex.join(["python", "-m", "lab.gallery", *argv])
     made = dict(seed=options.seed, dtype=place.dtype_name, windows=options.targets)
+    made |= dict(page="\n".join(page(options, pictures)) + "\n")
     report.write_table(docs / "encodings.md", "encodings", lines, command, place, **made)
 
 

@@ -193,8 +193,19 @@ def pictures(folder, records, seeds=()):
         report.lines(folder / "attention.png", spread, *labels, log_x=True, mark_x=1)
 
 
+def is_whole(record):
+    """Whether a record that was read from a file is one: every table can be made of it."""
+    try:
+        return min(record["train_length"], *record["lengths"]) > 0 and bool(tables({"": record}))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return False
+
+
 def check_folder(folder):
-    """ValueError where pages or pictures in the folder would be overwritten that no earlier call of ours has left."""
+    """ValueError where pages or pictures in the folder would be overwritten that no earlier call of ours has left, even
+    one that was killed before its last file."""
+    page = folder / "results.md"
     ours = any((folder / name).exists() for name in ("results.json", "length.json", "frequencies.json"))
+    ours = ours or (page.is_file() and b"\nMade by `python" in page.read_bytes())
     others = [] if ours else sorted(file.name for file in folder.glob("*") if file.suffix in (".md", ".png", ".json"))
     require(not others, f"--out_dir={folder} holds other files ({', '.join(others[:3])}); choose another folder")

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from core import runs
-from core.errors import UserError, no_flag
+from core import files, runs
+from core.errors import ENDS_WITH_PARENT, UserError, no_flag
 from core.settings import Config
+from lab import tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +40,9 @@ class Workers:
         self.devices = queue.Queue()
         for index in range(self.jobs):
             self.devices.put(f"cuda:{index % gpus}" if gpus else device.type)
-        self.env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.jobs))}
+        # A process ends when the pipe of its stdin does, and the kernel ends that with this process, however it ends.
+        own = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.jobs)), ENDS_WITH_PARENT: "1"}
+        self.env = os.environ | own
 
     def call(self, name, script, *argv):
         """Run a script to its end; what it prints goes to a file. UserError with the last line of that, if it fails."""
@@ -61,14 +64,25 @@ class Workers:
 
     def wait(self, command, log):
         """Run the command, its output into the file `log` -> its exit status, below 0 where a signal ended it."""
-        with open(log, "w") as out:
-            process = subprocess.Popen(command, env=self.env, stdout=out, stderr=subprocess.STDOUT)
+        with open(log, "w", encoding="utf-8") as out:
+            pipes = {"stdin": subprocess.PIPE, "stdout": out, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen(command, env=self.env, **pipes)
             self.running.add(process)
             if self.stopped.is_set():  # since `call` looked: nobody else would end it
                 process.terminate()
             status = process.wait()
+            process.stdin.close()
             self.running.discard(process)
         return status
+
+    def wait_for(self, folder):
+        """Wait until no other process trains into a run's folder: where a comparison was killed, the runs that it had
+        started are still saving what they have."""
+        lock, said = folder / runs.LOCK, False
+        while lock.exists() and not free(lock) and not self.stopped.wait(said and 0.5):
+            if not said:
+                tqdm.write(f"waiting for another process, which trains into {folder}", file=sys.stderr)
+            said = True
 
     def all(self, functions):
         """{key: function that calls us} -> {key: what it returned}. The first failure, Ctrl-C or SIGTERM stops all of
@@ -96,6 +110,14 @@ class Workers:
                 signal.signal(signal.SIGTERM, before)
 
 
+def free(path):
+    """Whether no process holds the lock at `path`."""
+    held = files.lock(path)
+    if held is not None:
+        held.release()
+    return held is not None
+
+
 def trained(workers, config, argv, checksum, *flags):
     """Train the run of `config`, or go on with it, and measure it -> {name: record}, as evaluate.py left them.
 
@@ -108,6 +130,7 @@ def trained(workers, config, argv, checksum, *flags):
     # The records are looked at too: a run that was told to go on has its new settings before it has gone.
     same = settings_of(saved, config) == settings_of(wanted, config)
     if not same or not up_to_date(records, config.max_steps, checksum):
+        workers.wait_for(folder)
         quiet = "--length_targets=0"  # its closing table would be measured twice
         workers.call(folder.name, "train.py", quiet, *argv, f"--seed={config.seed}", f"--out_dir={folder}")
     return measured(workers, folder, config.max_steps, checksum, *flags)
@@ -146,10 +169,17 @@ def left(folder):
     for name in ("results.json", "length.json"):  # the second is its older name
         file = folder / name
         saved = runs.read_json(file)
-        if "runs" in saved:
-            commit = {"commit": saved["made"]["commit"]}
+        try:
+            command, commit = saved["made"]["command"], {"commit": saved["made"]["commit"]}
             records = {name: record | commit for name, record in saved["runs"].items()}
-            return saved["made"]["command"], records, file.stat().st_mtime
+            known = isinstance(command, str) and isinstance(commit["commit"], str)
+            whole = known and all(tables.is_whole(record) and "step" in record for record in records.values())
+        except (LookupError, TypeError, AttributeError):
+            whole = False
+        if whole:
+            return command, records, file.stat().st_mtime
+        if saved:
+            runs.set_aside(file)
     return "", {}, 0.0
 
 

@@ -48,7 +48,7 @@ def call_script(tmp_path, monkeypatch, capsys):
 def corpus(tmp_path_factory):
     """One long text that is no noise."""
     file = tmp_path_factory.mktemp("corpus") / "text.txt"
-    file.write_text("".join(f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(1500)))
+    file.write_text("".join(f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(1500)), encoding="utf-8")
     return file
 
 
@@ -66,3 +66,23 @@ def learned(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("learned") / "run"
     run(corpus, out, posenc="learned")
     return out
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory):
+    """A tokenizer.json as GPT-2's, of 300 tokens; 0 ends a text."""
+    import published  # It needs the extra packages.
+
+    file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    published.train_bpe(file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory, bpe):
+    """{family: the folder of a published model without scaling}"""
+    import published
+
+    published.torch.manual_seed(0)
+    families = ("llama", "qwen2", "gpt_neox")
+    return {family: published.save(tmp_path_factory.mktemp(family), bpe, family) for family in families}

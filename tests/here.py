@@ -16,7 +16,7 @@ def wait(self, command, log):
     """Stands for Workers.wait: the script's main, with its output in the file."""
     argv, sys.argv = sys.argv, command[1:]
     try:
-        with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        with open(log, "w", encoding="utf-8") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             errors.run(importlib.import_module(Path(command[1]).stem).main)
     except SystemExit as left:
         return left.code or 0

@@ -1,8 +1,6 @@
 """Comparisons: what is trained and measured, what is taken as it is, and a real one that is killed and goes on."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +10,9 @@ import torch
 from here import in_process  # noqa: F401
 from tiny import ENV, ROOT, TINY
 
+import compare
 from core import runs
+from core.settings import Config
 
 
 def stamps(out):
@@ -25,7 +25,7 @@ def command(corpus, tmp_path):
     """The words of a comparison of rope and none, in tmp_path/out."""
     own = {"length_schedule": "{0.0:8,0.5:16}", "max_steps": 12, "targets": 4, "seeds": 1}
     where = {"text": corpus, "data_dir": corpus.parent / "data", "out_dir": tmp_path / "out", "docs": tmp_path}
-    (tmp_path / "shared.py").write_text("checkpoint_interval = 2\n")
+    (tmp_path / "shared.py").write_text("checkpoint_interval = 2\n", encoding="utf-8")
     settings = {key: value for key, value in TINY.items() if key != "checkpoint_interval"} | own | where
     flags = [f"--{key}={value}" for key, value in settings.items()]
     return ["rope", "none", f"--common={tmp_path}/shared.py", *flags]
@@ -35,21 +35,21 @@ def command(corpus, tmp_path):
 def page(tmp_path):
     """A page with a place for the comparison in tmp_path/out."""
     file = tmp_path / "results.md"
-    file.write_text("before\n<!-- out -->\n<!-- /out -->\nafter\n")
+    file.write_text("before\n<!-- out -->\n<!-- /out -->\nafter\n", encoding="utf-8")
     return file
 
 
 def check(out, page, steps):
     """That a finished comparison of rope and none has left all there is to leave."""
-    saved = json.loads((out / "results.json").read_text())
+    saved = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert {name: list(seeds) for name, seeds in saved["runs"].items()} == {"rope": ["1337"], "none": ["1337"]}
     one = saved["runs"]["none"]["1337"]
     assert one["train_length"] == 16
     assert len(one["loss"]) == len(one["lengths"]) == len(one["sliding"]) == len(one["attention"]["entropy"]) == 9
     assert "commit" in saved["made"]
-    text = (out / "results.md").read_text()
+    text = (out / "results.md").read_text(encoding="utf-8")
     assert all(word in text for word in ("| none | less rope |", "seed 1337", "holds to", "Made by `python compare.py"))
-    assert page.read_text() == "before\n<!-- out -->\n" + text + "<!-- /out -->\nafter\n"
+    assert page.read_text(encoding="utf-8") == "before\n<!-- out -->\n" + text + "<!-- /out -->\nafter\n"
     assert (page.parent / "out.png").read_bytes() == (out / "length.png").read_bytes()
     for picture in ("length.png", "position.png", "attention.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
@@ -91,11 +91,11 @@ def test_a_comparison_leaves_tables_and_is_not_made_twice(command, page, tmp_pat
 def test_a_killed_comparison_goes_on_where_it_was(command, page, tmp_path, run_script):
     command, out = [*command, "--max_steps=40", "--jobs=2"], tmp_path / "out"
     words = [sys.executable, str(ROOT / "compare.py"), *map(str, command)]
-    process = subprocess.Popen(words, env=ENV, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(words, env=ENV, stderr=subprocess.DEVNULL)
     while not list(out.glob("*/ckpt.pt")):
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # It alone: the runs that it has started end by themselves.
     process.wait()
     assert not (out / "results.json").exists()
     done = run_script("compare.py", *command)
@@ -106,7 +106,9 @@ def test_a_killed_comparison_goes_on_where_it_was(command, page, tmp_path, run_s
 @pytest.mark.usefixtures("in_process")
 def test_stretched_runs_are_measured_as_what_they_came_from_is(trained, corpus, tmp_path, call_script):
     linear = 'rope(scaling="linear", factor=2)'
-    (tmp_path / "extend.py").write_text(f"init_from = '{trained}'\ntrain_length = 32\nmax_steps = 2\nbatch_size = 4\n")
+    (tmp_path / "extend.py").write_text(
+        f"init_from = '{trained}'\ntrain_length = 32\nmax_steps = 2\nbatch_size = 4\n", encoding="utf-8"
+    )
     flags = [f"--common={tmp_path}/extend.py", "--targets=2", "--seeds=1", "--out_dir=out", "--device=cpu"]
     flags += [f"--text={corpus}", "--dataset=text", f"--data_dir={corpus.parent}/data"]
     done = call_script("compare.py", linear, *flags)
@@ -148,19 +150,19 @@ def test_results_of_other_steps_are_not_taken(corpus, tmp_path, call_script):
 
 def test_a_folder_of_other_pages_is_left_alone(call_script, tmp_path, trained):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/results.md").write_text("mine")
+    (tmp_path / "docs/results.md").write_text("mine", encoding="utf-8")
     for words in (["compare.py", "rope"], ["evaluate.py", trained]):
         done = call_script(*words, "--out_dir=docs")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert "--out_dir=docs holds other files (results.md)" in done.stderr
     assert [path.name for path in (tmp_path / "docs").iterdir()] == ["results.md"]
-    assert (tmp_path / "docs/results.md").read_text() == "mine"
+    assert (tmp_path / "docs/results.md").read_text(encoding="utf-8") == "mine"
 
 
 def test_mistakes_are_one_line(call_script, tmp_path, trained):
-    (tmp_path / "results.md").write_text("mine\n<!-- out -->\n")
-    (tmp_path / "bpe.py").write_text("tokenizer = 'bpe'\n")
-    (tmp_path / "long.py").write_text("train_length = 64\n")
+    (tmp_path / "results.md").write_text("mine\n<!-- out -->\n", encoding="utf-8")
+    (tmp_path / "bpe.py").write_text("tokenizer = 'bpe'\n", encoding="utf-8")
+    (tmp_path / "long.py").write_text("train_length = 64\n", encoding="utf-8")
     for words, said in (
         (["rope", f"--docs={tmp_path}", "--out_dir=out"], "has no place for the tables"),
         (["rope", f"--docs={trained}", "--out_dir=out"], "has no results.md"),
@@ -180,3 +182,11 @@ def test_mistakes_are_one_line(call_script, tmp_path, trained):
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert said in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_an_encoding_laid_over_a_base_is_named_with_all_that_is_in_force():
+    rope, file = (compare.Contestant(name, name, [], {"posenc": "rope"}) for name in ("rope", "a"))
+    config = Config(posenc="rope(scaling='yarn', factor=4)")
+    assert rope.title(config) == config.posenc
+    assert rope.title(Config(posenc="rope")) == "rope"
+    assert file.title(config) == "a"

@@ -41,6 +41,28 @@ def test_several_encodings_of_one_run_share_a_table(trained, call_script, tmp_pa
     assert (tmp_path / "reach" / "length.png").exists()
 
 
+def test_figures_are_written_last_and_a_killed_call_goes_on(trained, call_script, tmp_path, monkeypatch):
+    words = ["evaluate.py", trained, "--lengths=[8, 16]", "--targets=2", "--out_dir=reach"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "pictures", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call_script(*words).returncode == 130
+    assert [path.name for path in (tmp_path / "reach").iterdir()] == ["results.md"]
+    assert call_script(*words).returncode == 0
+    assert (tmp_path / "reach" / "results.json").exists()
+
+
+def test_a_row_names_the_scaling_that_stays_in_force(trained, tmp_path):
+    """`rope` laid over a run that yarn stretches leaves yarn on."""
+    state = torch.load(trained / "ckpt.pt", weights_only=True)
+    state["config"]["posenc"] = 'rope(scaling="yarn", factor=4)'
+    (tmp_path / "yarn").mkdir()
+    torch.save(state, tmp_path / "yarn" / "ckpt.pt")
+    ways = ["", "rope", 'rope(scaling="none")', "none"]
+    opened = evaluate.open_runs([str(tmp_path / "yarn")], evaluate.Options(posenc=ways))
+    assert list(opened) == ['rope(scaling="yarn", factor=4)', "rope(scaling='yarn', factor=4)", *ways[2:]]
+    assert [run.model.posenc[0].scaling for run in list(opened.values())[:3]] == ["yarn", "yarn", "none"]
+
+
 def test_a_text_may_be_shorter_than_the_training_length_where_lengths_are(trained, call_script, tmp_path):
     (tmp_path / "short.txt").write_text("line 7 says that 7 times 7 is 49.\n" * 4)  # 13 tokens held out, and T is 16
     flags = [f"--data={tmp_path}/short.txt", "--targets=1"]

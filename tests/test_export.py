@@ -272,7 +272,7 @@ def test_what_lies_beside_the_folder_is_not_touched(trained, tmp_path, call_scri
     assert {path.name for path in tmp_path.iterdir()} == {"there", "there.part"}
 
 
-def test_a_killed_export_leaves_no_folder(trained, tmp_path, call_script):
+def test_a_killed_export_leaves_no_folder_and_the_next_one_removes_its_litter(trained, tmp_path, call_script):
     (tmp_path / "kill.py").write_text(
         "import os, signal, sys\n"
         "from hub import export\n"
@@ -282,10 +282,13 @@ def test_a_killed_export_leaves_no_folder(trained, tmp_path, call_script):
     folder = tmp_path / "a" / "there"
     killed = finish([sys.executable, tmp_path / "kill.py", trained, folder])
     assert killed.returncode == -signal.SIGKILL
-    (left,) = folder.parent.iterdir()
-    assert left.name.startswith(".there.") and not (left / "model.safetensors").exists()
+    assert {path.name for path in folder.parent.iterdir()} == {".there.lock", ".there.part"}
+    with export.whole(folder):  # as long as another process writes it
+        done = call_script("hub/export.py", trained, folder)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"another process writes {folder}" in done.stderr
     assert call_script("hub/export.py", trained, folder).returncode == 0
-    assert {path.name for path in folder.parent.iterdir()} == {left.name, "there"}
+    assert [path.name for path in folder.parent.iterdir()] == ["there"]
     check(runs.open_run(trained).model, folder)
 
 

@@ -1,5 +1,6 @@
 """Files are whole or as they were, whatever happens in between; a lock lets one in."""
 
+import resource
 import subprocess
 import sys
 import threading
@@ -7,8 +8,6 @@ import threading
 import pytest
 
 from core import files, runs
-from core.errors import UserError
-from core.settings import Config
 
 TEXT = "naïve 日本語 👍\n"
 
@@ -69,42 +68,36 @@ def test_where_files_cannot_be_locked_nobody_is_kept_out(tmp_path, monkeypatch):
     assert files.lock(tmp_path / "lock") is not None and files.lock(tmp_path / "lock", wait=True) is not None
 
 
-def test_a_checkpoint_makes_way_only_for_a_whole_one(tmp_path, monkeypatch):
-    steps = lambda: {path.name: runs.load(path)["step"] for path in tmp_path.iterdir()}  # noqa: E731
-    state = {"model": {}, "config": {}, "step": 0}
-    for step in (1, 2, 3):
-        runs.save(tmp_path, runs.CKPT, state | {"step": step})
-    runs.save(tmp_path, runs.BEST, state | {"step": 2})
-    whole = {"ckpt.pt": 3, "ckpt_prev.pt": 2, "best.pt": 2}
-    assert steps() == whole
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    for module, name in ((runs.torch, "save"), (files.os, "fsync")):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, full)
-            with pytest.raises(OSError, match="No space"):
-                runs.save(tmp_path, runs.CKPT, state | {"step": 4})
-        assert steps() == whole
+def test_a_line_that_a_full_disk_cuts_short_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    files.append(path, "one\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6, limits[1]))
+        with pytest.raises(OSError, match="cannot be written: File too large") as error:
+            files.append(path, "two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(path) and path.read_text() == "one\n"
 
 
-def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
-    path = tmp_path / "ckpt.pt"
-    good = {"model": {}, "config": {}, "step": 1}
-    for wrong, said in (
-        ([], "no checkpoint of ours"),
-        ({}, "no checkpoint of ours"),
-        ({**good, "step": None}, "no checkpoint of ours"),
-        ({**good, "config": []}, "no checkpoint of ours"),
-        ({**good, "config": {"n_layers": 1}}, "does not know: n_layers"),
-    ):
-        runs.torch.save(wrong, path)
-        with pytest.raises(UserError, match=said) as error:
-            runs.load(tmp_path)
-        assert str(path) in str(error.value)
-    runs.torch.save(good, path)
-    assert runs.config_of(runs.load(tmp_path)) == Config()  # settings that it is older than have their defaults
+def test_what_is_set_aside_replaces_nothing(tmp_path):
+    for content in ("first", "second"):
+        (tmp_path / "x.json").write_text(content)
+        files.set_aside(tmp_path / "x.json")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "x.json.damaged": "first", "x.json.damaged1": "second",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\xff", b"\0" * 9, b"[" * 100000, None])
+def test_a_damaged_json_file_is_set_aside_with_a_line(tmp_path, content, capsys):
+    path = tmp_path / "length.json"
+    path.write_bytes(content) if content is not None else path.mkdir()
+    assert runs.read_json(path) == {} and not path.exists()
+    assert capsys.readouterr().err == f"{path} is damaged: set aside as length.json.damaged\n"
+    assert runs.read_json(path) == {}
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_keeps_its_mode_and_a_link_stays_one(tmp_path):

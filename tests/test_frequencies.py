@@ -179,12 +179,11 @@ def test_silencing_scores_as_the_evaluation_does():
         (["rope", "rope(base=50)"], "more than turn"),
     ],
 )
-def test_other_encodings_are_refused_in_one_line_before_any_work(spec, said, tmp_path):
+def test_other_encodings_are_refused_in_one_line_before_any_work(spec, said):
     opened = {"good": (make(), None, None), "other": (make(spec), None, None)}
     with pytest.raises(UserError, match=said) as refused:
-        frequencies.look(opened, CPU, tmp_path / "pictures")
+        frequencies.look(opened, CPU)
     assert "--frequencies looks at rotations" in str(refused.value) and "\n" not in str(refused.value)
-    assert not (tmp_path / "pictures").exists()
 
 
 def test_runs_alike_are_told_together_with_their_deviation(tmp_path):
@@ -192,7 +191,9 @@ def test_runs_alike_are_told_together_with_their_deviation(tmp_path):
     windows = long_windows(read, T, 4, 4)
     models = {"a": make(seed=1), "b": make("rope(dims=4)"), "out/c": make(seed=2)}
     opened = {name: (model, windows, loss_of(model, read)) for name, model in models.items()}
-    found, lines = frequencies.look(opened, CPU, tmp_path / "pictures")
+    found, lines, draw = frequencies.look(opened, CPU)
+    (tmp_path / "pictures").mkdir()
+    draw(tmp_path / "pictures")
     assert list(json.loads(json.dumps(found, allow_nan=False))) == ["a", "b", "out/c"]
     assert found["b"]["wavelength"][2:] == [None, None]
     assert found["a"]["unfinished"] == [False, True, True, True]

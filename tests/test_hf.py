@@ -12,14 +12,32 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from published import (
+    FROM,
+    ORIGINAL,
+    Q,
+    T,
+    V,
+    changed,
+    copy,
+    cut,
+    edit,
+    oracle,
+    refused,
+    retokenized,
+    safetensors,
+    save,
+    shard,
+    store,
+    stored,
+    tokenizers,
+)
+from small import CPU
 from tiny import ROOT, TINY, finish, start
-
-transformers = pytest.importorskip("transformers", reason="needs the extra: pip install -r requirements-hf.txt")
-tokenizers = pytest.importorskip("tokenizers", reason="needs the extra: pip install -r requirements-hf.txt")
-safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra: pip install -r requirements-hf.txt")
 
 import data
 import posenc
@@ -27,20 +45,8 @@ import sample
 from core import report, runs
 from core.errors import UserError
 from data import vocabulary
-from hub import load
+from hub import export, load
 from model import Cache
-
-T, ORIGINAL, V = 64, 32, 300  # positions of the tiny models, those before a scaling, and their vocabulary
-LLAMA = dict(
-    hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=T
-)
-SIZES = {
-    "llama": LLAMA,
-    "qwen2": LLAMA | dict(num_key_value_heads=3),
-    "gpt_neox": LLAMA,
-    "gpt2": dict(n_embd=48, n_layer=2, n_head=6, n_positions=T),
-    "bloom": dict(hidden_size=48, n_layer=2, n_head=6),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -52,49 +58,6 @@ def one_thread_and_seed(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def bpe(tmp_path_factory):
-    """A tokenizer.json as GPT-2's, of 300 tokens; 0 ends a text."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=V, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator([f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(99)], trainer)
-    file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    inner.save(str(file))
-    return file
-
-
-@torch.no_grad()
-def scatter(model):
-    """Draw every parameter anew, so large that attention and logits differ clearly, norms and biases too."""
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_" in name:
-            parameter.normal_(std=0.3).add_(1.0 if name.endswith("weight") else 0.0)
-        elif parameter.dim() == 1:
-            parameter.normal_(std=0.5)
-        else:
-            parameter.normal_(std=1.0 if "emb" in name or "wte" in name or "wpe" in name else 1.5 * 48**-0.5)
-    return model
-
-
-def save(folder, bpe, model_type, dtype=torch.float32, **settings):
-    """A model of the family, drawn anew, as a folder."""
-    sizes = SIZES[model_type] | dict(vocab_size=V, bos_token_id=0, eos_token_id=0) | settings
-    config = transformers.AutoConfig.for_model(model_type, **sizes)
-    model = scatter(transformers.AutoModelForCausalLM.from_config(config)).to(dtype)
-    model.save_pretrained(folder)
-    shutil.copy(bpe, folder / "tokenizer.json")
-    return folder
-
-
-def oracle(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def ids(length, rows=2):
@@ -189,25 +152,23 @@ def test_bloom_has_older_names_for_its_sizes(tmp_path, bpe):
     check(edit(folder, **new, n_embed=48, num_attention_heads=6, num_hidden_layers=2), 24)
 
 
-@pytest.mark.parametrize("rotary", [dict(rotary_pct=1.0), dict(rotary_pct=0.5, rotary_emb_base=500.0)])
-def test_neox_rotates_the_share_that_its_older_keys_name(tmp_path, bpe, rotary):
-    folder = save(tmp_path, bpe, "gpt_neox")
-    edit(folder, rope_parameters=None, **rotary)
-    check(folder, 24)
+NEOX = [
+    (None, dict(rotary_pct=1.0)),
+    (None, dict(rotary_pct=0.5, rotary_emb_base=500.0)),
+    (None, dict(rotary_pct=0.0)),
+    (dict(rope_type="default", partial_rotary_factor=0.0), {}),
+    (dict(rope_type="default", partial_rotary_factor=0.1), {}),  # less than one dimension
+]
 
 
-def edit(folder, **changes):
-    """Change keys of config.json; None takes one out."""
-    path = folder / "config.json"
-    cfg = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in cfg.items() if value is not None}))
-    return folder
+@pytest.mark.parametrize(("newer", "older"), NEOX)
+def test_neox_rotates_the_share_that_its_keys_name_which_may_be_none(tmp_path, plain, newer, older):
+    check(copy(plain["gpt_neox"], tmp_path / "share", rope_parameters=newer, **older), 24)
 
 
 # ---- scalings of rope
 
 FACTORS = dict(short_factor=[1.0, 1.2, 1.5, 2.0], long_factor=[1.0, 1.5, 3.0, 6.0])  # of the pairs of 8 dimensions
-FROM = dict(original_max_position_embeddings=ORIGINAL)
 SCALINGS = {
     "default": dict(rope_type="default"),
     "linear": dict(rope_type="linear", factor=2.5),
@@ -226,18 +187,6 @@ SCALINGS = {
     "proportional": dict(rope_type="proportional", partial_rotary_factor=0.5),
     "proportional, factor": dict(rope_type="proportional", partial_rotary_factor=0.75, factor=3.0),
 }
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory, bpe):
-    """{family: a folder without scaling}"""
-    torch.manual_seed(0)
-    return {one: save(tmp_path_factory.mktemp(one), bpe, one) for one in ("llama", "qwen2", "gpt_neox")}
-
-
-def copy(folder, target, **changes):
-    shutil.copytree(folder, target)
-    return edit(target, **changes)
 
 
 def rope_keys(form, scaling):
@@ -298,26 +247,40 @@ def test_the_original_length_may_stand_outside(tmp_path, plain, name):
 # ---- files
 
 
-def stored(folder):
-    return safetensors.load_file(folder / "model.safetensors")
-
-
-def store(folder, tensors, file="model.safetensors"):
-    safetensors.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
-    return folder
-
-
-def shard(folder):
-    """Write the folder's model again in pieces of 10 kB; returns their names."""
-    oracle(folder).save_pretrained(folder, max_shard_size="10KB")
-    (folder / "model.safetensors").unlink()
-    return sorted(path.name for path in folder.glob("model-*.safetensors"))
-
-
 def test_weights_may_lie_in_several_files(tmp_path, plain):
     folder = copy(plain["llama"], tmp_path / "shards")
     assert len(shard(folder)) > 3
     assert torch.equal(check(folder, 24), theirs(oracle(plain["llama"]), [ids(24)]))
+
+
+def test_a_whole_file_goes_before_an_index_that_was_left_behind(tmp_path, plain):
+    folder = copy(plain["llama"], tmp_path / "both")
+    tensors = stored(folder)
+    shard(folder)
+    store(folder, tensors | {Q: tensors[Q] + 1})
+    assert not torch.equal(check(folder, 24), theirs(oracle(plain["llama"]), [ids(24)]))
+    (folder / load.INDEX).write_text("{")
+    check(folder, 24)
+
+
+def test_a_tensor_in_two_files_is_that_of_the_file_which_the_index_names(tmp_path, plain):
+    folder = copy(plain["llama"], tmp_path / "shards")
+    names, index = shard(folder), json.loads((folder / load.INDEX).read_text())["weight_map"]
+    for name in names:
+        if index[Q] != name:
+            store(folder, safetensors.load_file(folder / name) | {Q: torch.ones(48, 48)}, name)
+    found = ours(runs.open_run(f"hf:{folder}").model, [ids(24)])
+    assert torch.equal(found, ours(runs.open_run(f"hf:{plain['llama']}").model, [ids(24)]))
+
+
+def test_links_out_of_the_folder_are_followed_as_in_the_cache_of_huggingface_hub(tmp_path, plain):
+    folder, blobs = copy(plain["llama"], tmp_path / "snapshot"), tmp_path / "blobs"
+    shard(folder)
+    blobs.mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    check(folder, 24)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -354,165 +317,6 @@ def test_frequencies_that_older_versions_stored_are_left_out(tmp_path, plain):
     folder = copy(plain["llama"], tmp_path / "old")
     store(folder, stored(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     check(folder, 24)
-
-
-# ---- bad folders
-
-
-def cut(path, share=0.5):
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-
-
-def without(folder, name):
-    tensors = stored(folder)
-    del tensors[name]
-    store(folder, tensors)
-
-
-def changed(folder, name, change):
-    store(folder, stored(folder) | {name: change(stored(folder)[name])})
-
-
-def scaled(folder, **scaling):
-    edit(folder, rope_parameters={"rope_theta": 1e4} | scaling)
-
-
-def retokenized(folder, change):
-    """Change the JSON of tokenizer.json."""
-    path = folder / "tokenizer.json"
-    inner = json.loads(path.read_text())
-    change(inner)
-    path.write_text(json.dumps(inner))
-
-
-Q = "model.layers.0.self_attn.q_proj.weight"
-# what is wrong: (what breaks a folder, words that the line has)
-BAD = {
-    "a missing shard": (lambda f: (f / shard(f)[1]).unlink(), ["model-00002-of-", "which model.safe"]),
-    "a shard cut short": (lambda f: cut(f / shard(f)[1]), ["model-00002-of-", "cut short"]),
-    "an index cut short": (lambda f: (shard(f), cut(f / load.INDEX)), [load.INDEX, "cannot be read"]),
-    "an index of another form": (
-        lambda f: (shard(f), (f / load.INDEX).write_text('{"weight_map": ["a"]}')), [load.INDEX, "weight_map"]
-    ),
-    "a file cut short": (lambda f: cut(f / "model.safetensors"), ["model.safetensors is damaged", "cut short"]),
-    "a header cut short": (lambda f: cut(f / "model.safetensors", 1e-2), ["model.safetensors is damaged"]),
-    "an empty file": (lambda f: cut(f / "model.safetensors", 0), ["model.safetensors is damaged"]),
-    "pickled weights": (
-        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["neither model.safetensors nor"]
-    ),
-    "an extra tensor": (lambda f: store(f, stored(f) | {"model.extra.weight": torch.ones(3)}), ["model.extra.weight"]),
-    "biases that config.json does not know": (
-        lambda f: store(f, stored(f) | {Q.replace("weight", "bias"): torch.ones(48)}), ["0.self_attn.q_proj.bias"]
-    ),
-    "a missing tensor": (lambda f: without(f, Q), ["layers.0.self_attn.q_proj.weight", "lacks"]),
-    "a missing head": (lambda f: without(f, "lm_head.weight"), ["lm_head.weight", "lacks"]),
-    "a quantised tensor": (lambda f: changed(f, Q, lambda x: x.to(torch.int8)), ["q_proj.weight", "int8"]),
-    "a tensor of another shape": (lambda f: changed(f, Q, lambda x: x[:24]), ["q_proj.weight", "[24, 48]"]),
-    "a tensor without dimensions": (lambda f: changed(f, "model.norm.weight", lambda x: x[0]), ["norm.weight", "[]"]),
-    "another vocabulary": (lambda f: edit(f, vocab_size=V + 7), ["embed_tokens.weight is [300, 48]", "[307, 48]"]),
-    "a tokenizer of more tokens": (lambda f: edit(f, vocab_size=V - 7), ["300 tokens", "vocab_size is 293"]),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer.json", "save_pretrained"]),
-    "a damaged tokenizer": (lambda f: cut(f / "tokenizer.json"), ["tokenizer.json is damaged"]),
-    "a tokenizer of another form": (lambda f: (f / "tokenizer.json").write_text("[]"), ["tokenizer.json is damaged"]),
-    "a tokenizer without a decoder": (
-        lambda f: retokenized(f, lambda j: j.update(decoder=None)), ["tokenizer.json", "decoder"]
-    ),
-    "a tokenizer without tokens": (
-        lambda f: retokenized(f, lambda j: (j["model"].update(vocab={}, merges=[]), j.update(added_tokens=[]))),
-        ["tokenizer.json", "no tokens"],
-    ),
-    "an end that is no token": (lambda f: edit(f, eos_token_id=V), ["eos_token_id=300"]),
-    "no end": (lambda f: edit(f, eos_token_id=None), ["eos_token_id"]),
-    "no config.json": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
-    "a config.json that is no JSON": (lambda f: cut(f / "config.json"), ["config.json cannot be read"]),
-    "a config.json that is no text": (
-        lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json cannot be read"]
-    ),
-    "a config.json that is a list": (lambda f: (f / "config.json").write_text("[1]"), ["is no JSON object"]),
-    "a word for a number": (lambda f: edit(f, num_hidden_layers="two"), ["config.json", "num_hidden_layers", "'two'"]),
-    "a list for a number": (lambda f: edit(f, hidden_size=[48]), ["config.json", "hidden_size", "[48]"]),
-    "a null for a number": (lambda f: edit(f, num_hidden_layers=None), ["config.json", "it lacks num_hidden_layers"]),
-    "no heads": (lambda f: edit(f, num_attention_heads=0), ["config.json", "n_head"]),
-    "too many heads": (lambda f: edit(f, num_attention_heads=7, head_dim=None), ["config.json", "n_head (7)"]),
-    "a negative number": (lambda f: edit(f, intermediate_size=-1), ["config.json", "n_hidden"]),
-    "another family": (lambda f: edit(f, model_type="t5"), ["model_type='t5'", "llama, qwen2, gpt2, gpt_neox, bloom"]),
-    "no family": (lambda f: edit(f, model_type=None), ["model_type=None"]),
-    "a list for a family": (lambda f: edit(f, model_type=["llama"]), ["model_type=['llama']"]),
-    "wider heads": (lambda f: edit(f, head_dim=12), ["head_dim=12"]),
-    "odd heads": (
-        lambda f: edit(f, num_attention_heads=16, num_key_value_heads=16, head_dim=3), ["must be even, not 3"]
-    ),
-    "quantisation": (lambda f: edit(f, quantization_config={"bits": 4}), ["quantization_config"]),
-    "another activation": (lambda f: edit(f, hidden_act="relu"), ["hidden_act='relu'"]),
-    "biases of the feed-forward layer alone": (lambda f: edit(f, mlp_bias=True), ["mlp_bias=True"]),
-    "an unknown scaling": (lambda f: scaled(f, rope_type="mrope"), ["rope_type='mrope'"]),
-    "an unknown key of a scaling": (lambda f: scaled(f, rope_type="linear", factor=2.0, twist=3), ["twist=3"]),
-    "a scaling without its factor": (lambda f: scaled(f, rope_type="linear"), ["rope_scaling", "factor"]),
-    "a word for a factor": (lambda f: scaled(f, rope_type="linear", factor="two"), ["factor='two'"]),
-    "a word for a base": (lambda f: scaled(f, rope_type="default", rope_theta="big"), ["'big'"]),
-    "a factor below 1": (lambda f: scaled(f, rope_type="linear", factor=0.5), ["factor must be at least 1"]),
-    "too few factors": (
-        lambda f: scaled(f, rope_type="longrope", short_factor=[1.0], long_factor=[2.0], **FROM), ["short_factor=[...]"]
-    ),
-    "a word for a scaling": (lambda f: edit(f, rope_parameters="linear"), ["rope_parameters='linear'"]),
-    "part of the pairs": (
-        lambda f: scaled(f, rope_type="default", partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, plain, call_script, what):
-    spoil, words = BAD[what]
-    folder = copy(plain["llama"], tmp_path / "bad")
-    spoil(folder)
-    refused(call_script("sample.py", f"hf:{folder}", "--tokens=1"), *words)
-
-
-def refused(done, *words):
-    assert done.returncode == 2, done.stdout + done.stderr
-    script = next(os.path.basename(word) for word in map(str, done.args) if word.endswith(".py"))
-    assert done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, done.stderr
-    for word in words:
-        assert word in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes"),
-    [
-        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True)),
-        ("gpt2", dict(scale_attn_weights=False)),
-        ("gpt2", dict(add_cross_attention=True)),
-        ("gpt2", dict(activation_function="relu")),
-        ("qwen2", dict(use_sliding_window=True)),
-        ("gpt_neox", dict(attention_bias=False)),
-        ("gpt_neox", dict(hidden_act="silu")),
-        ("bloom", dict(apply_residual_connection_post_layernorm=True)),
-    ],
-)
-def test_a_key_that_asks_for_another_model_is_named(tmp_path, bpe, call_script, model_type, changes):
-    folder = edit(save(tmp_path / "bad", bpe, model_type), **changes)
-    ((key, value),) = changes.items()
-    refused(call_script("evaluate.py", f"hf:{folder}", f"--data={bpe}"), f"{key}={value!r} is not supported")
-
-
-@pytest.mark.parametrize("name", ["hf:", "hf:nowhere", "hf:/no/where", "hf:../up", "hf:a/b/c", "hf:a b/c"])
-def test_a_name_that_is_no_folder_says_what_a_name_is(call_script, name):
-    refused(call_script("sample.py", name), "OWNER/NAME")
-    refused(call_script("evaluate.py", name), "OWNER/NAME")
-
-
-def test_a_published_model_named_as_a_run_is_told_its_name(plain, call_script):
-    refused(call_script("sample.py", plain["llama"]), f"hf:{plain['llama']}")
-
-
-def test_without_the_extra_packages_a_line_says_how_to_get_them(plain, call_script, monkeypatch):
-    monkeypatch.setattr(load, "tokenizer_json", None)
-    refused(call_script("sample.py", f"hf:{plain['llama']}"), "pip install -r requirements-hf.txt")
-    monkeypatch.delattr(data, "tokenizer_json")
-    monkeypatch.setitem(sys.modules, "data.tokenizer_json", None)
-    with pytest.raises(UserError, match="pip install -r requirements-hf.txt"):
-        vocabulary.load(str(plain["llama"] / "tokenizer.json"))
 
 
 # ---- tokenizers
@@ -612,6 +416,61 @@ def test_a_text_begins_as_the_post_processor_says(tmp_path, llama2, how):
 
 def test_nothing_begins_a_text_where_nothing_is_put_before_it(plain):
     assert vocabulary.begin(vocabulary.load(f"hf:{plain['llama']}")) == []
+
+
+ENDS = [  # eos_token_id in config.json, and in generation_config.json -> all of them
+    (0, None, [0]),
+    ([7, 0], None, [7, 0]),
+    (0, [7, 0], [0, 7]),
+    ([0, 7], 9, [0, 7, 9]),
+    (None, [7, 9], [7, 9]),
+]
+
+
+@pytest.mark.parametrize(("config", "generation", "ends"), ENDS)
+def test_every_token_that_ends_a_text_comes_along_into_the_run_and_out_again(tmp_path, plain, config, generation, ends):
+    folder = copy(plain["llama"], tmp_path / "published", eos_token_id=config)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert vocabulary.load(f"hf:{folder}").ends == ends
+    run = runs.find(f"hf:{folder}").parent
+    said = ends if ends[1:] else ends[0]
+    assert json.loads((run / "tokenizer_config.json").read_text()) == {"eos_token_id": said}
+    export.main([str(run), "exported"])
+    shutil.rmtree(folder)
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    runs.bring_tokenizer(runs.config_of(runs.load(run)), tuned)
+    shutil.rmtree(load.OUT)
+    for name in (str(tuned / "tokenizer.json"), "hf:exported"):
+        tokenizer = vocabulary.load(name)
+        assert (tokenizer.ends, tokenizer.eot_token) == (ends, ends[0])
+    assert json.loads(Path("exported/config.json").read_text())["eos_token_id"] == said
+    assert oracle("exported").generation_config.eos_token_id == said
+
+
+def test_every_one_of_them_ends_a_text_and_without_stop_none_is_drawn(tmp_path, plain, capsys):
+    """A head of zeros makes every token as likely as any other."""
+    ends = [0, *range(10, 200)]
+    folder = copy(plain["llama"], tmp_path / "published", eos_token_id=ends)
+    changed(folder, "lm_head.weight", torch.zeros_like)
+    opened = runs.open_run(f"hf:{folder}")
+    lengths = {}
+    for stop in (False, True):
+        options = sample.Options(samples=8, temperature=1.0, stop=stop)
+        texts, _ = sample.write_texts(opened.model, opened.tokenizer, [250], 50, options, CPU)
+        lengths[stop] = [len(text) for text in texts]
+        assert not set(ends) & {token for text in texts for token in text}
+    assert lengths[False] == [51] * 8
+    assert max(lengths[True]) < 51
+    assert sample.Stream(opened.tokenizer).silent >= set(ends)
+    opened.tokenizer.ends = list(range(V))
+    with pytest.raises(UserError, match="there is nothing to draw"):
+        sample.never_drawn(opened.tokenizer, V, False)
+
+
+def test_a_prompt_that_is_no_utf_8_is_one_line(plain, call_script):
+    prompt, _ = os.fsdecode(b"line \xff"), converted(plain["llama"])
+    refused(call_script("sample.py", f"hf:{plain['llama']}", f"--prompt={prompt}"), "the text is no UTF-8")
 
 
 def test_added_tokens_that_are_not_special_are_text(tmp_path, plain):
@@ -745,6 +604,20 @@ def test_a_published_model_is_downloaded_once(hub, hub_at, tmp_path, plain, call
     )  # fmt: skip
 
 
+def test_a_bit_that_flips_in_the_cache_is_found_by_the_name_of_the_file(hub, hub_at, tmp_path, call_script):
+    hub_at(hub.server_port)
+    run = runs.find("hf:owner/tiny").parent
+    (blob,) = {path.resolve() for path in (tmp_path / "home").rglob("model.safetensors")}
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    shutil.rmtree(run)
+    refused(call_script("sample.py", "hf:owner/tiny"), "model.safetensors is damaged", f"remove {blob}")
+    blob.unlink()
+    hub_at(hub.server_port)
+    assert runs.find("hf:owner/tiny").exists()
+
+
 def test_an_older_run_finds_the_tokenizer_of_a_downloaded_model(hub, hub_at, tmp_path):
     hub_at(hub.server_port)
     state = runs.load("hf:owner/tiny")
@@ -876,12 +749,12 @@ def test_what_else_lies_in_its_folder_stays_when_the_source_changes(tmp_path, pl
 
 def test_a_kill_while_it_is_made_leaves_nothing_that_is_used(tmp_path, plain):
     (tmp_path / "kill.py").write_text(
-        "import os, signal, sys\n"
+        "import os, signal, sys, torch\n"
         "from core import runs\n"
         "def half(state, file):\n"
         "    file.write(b'PK')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "runs.torch.save = half\n"
+        "torch.save = half\n"
         "runs.find(sys.argv[1])\n"
     )
     name = f"hf:{plain['llama']}"

@@ -10,23 +10,26 @@ import pytest
 from tiny import ENV, ROOT
 
 # A module, or a folder's modules with a star -> what it may import of ours, by the same names.
-LEAVES = {"core.errors", "core.start", "core.files", "core.additions"}
-ENCODINGS = {"core.encoding", "posenc", "zoo.*"}
+LEAVES = {"core.errors", "core.start", "core.streams", "core.files", "core.additions"}
+ENCODINGS = {"core.encoding", "core.specs", "posenc", "zoo.*"}
 PLACES = {"core.place", "core.report"}
 MODEL = LEAVES | ENCODINGS | PLACES | {"core.attention", "core.cache", "core.norms", "model"}
 SETTINGS = MODEL | {"core.flags", "core.settings", "core.optimizers"}
-RUNS = SETTINGS | {"data", "data.*", "core.runs", "core.measure"}
+RUNS = SETTINGS | {"core.stop", "data", "data.*", "core.checkpoints", "core.runs", "core.measure"}
 MAY_IMPORT = {
-    "core.errors": set(),
+    "core.streams": set(),
+    "core.errors": {"core.streams"},
     "core.start": set(),
     "core.additions": set(),
     "core.files": set(),
     "core.flags": {"core.errors"},
-    "core.encoding": {"core.errors", "core.additions"},
-    "posenc": {"core.encoding"},
+    "core.encoding": {"core.errors"},
+    "core.specs": {"core.encoding", "core.errors", "core.additions"},
+    "posenc": {"core.encoding", "core.specs"},
     "zoo": set(),
     "zoo.*": ENCODINGS,
     "core.place": {"core.errors"},
+    "core.stop": set(),
     "core.report": {"core.errors", "core.files"},
     "core.optimizers": {"core.errors"},
     "core.attention": {"core.place", "core.encoding"},
@@ -36,6 +39,7 @@ MAY_IMPORT = {
     "core.settings": {"model", "posenc", "core.flags", "core.errors"},
     "data": {"data.*", "core.errors", "core.files", "core.flags"},  # never the model
     "data.*": {"data", "data.*", "core.errors", "core.files", "core.flags"},
+    "core.checkpoints": SETTINGS,  # never the data: a checkpoint is read before its tokenizer is known
     "core.runs": RUNS,
     "core.measure": RUNS,
     "train": RUNS,
@@ -62,14 +66,14 @@ LARGER = {}
 def sources():
     """{module: its file} of all that is tracked or about to be, without tests and configs."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout.split()
     files = [ROOT / name for name in names if not name.startswith(("tests/", "configs/")) and (ROOT / name).exists()]
     parts = {file: file.relative_to(ROOT).with_suffix("").parts for file in files}
     return {".".join(part for part in parts[file] if part != "__init__"): file for file in files}
 
 
 SOURCES = sources()
-TREES = {module: ast.parse(file.read_text()) for module, file in SOURCES.items()}
+TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in SOURCES.items()}
 
 
 def belongs(module, names):
@@ -151,7 +155,7 @@ def code_lines(text, tree):
 @pytest.mark.parametrize("module", SOURCES)
 def test_files_functions_and_parameters_keep_their_budgets(module):
     tree, large = TREES[module], {}
-    code = code_lines(SOURCES[module].read_text(), tree)
+    code = code_lines(SOURCES[module].read_text(encoding="utf-8"), tree)
     if len(code) > FILE:
         large[module] = f"{len(code)} lines"
     for node in ast.walk(tree):
@@ -169,7 +173,7 @@ def test_training_loads_no_laboratory_no_hub_and_no_library_of_theirs():
     strangers = ("lab", "hub", "matplotlib", "transformers", "safetensors", "tokenizers")
     said = subprocess.run(
         [sys.executable, "-c", "import sys, train; print(*sys.modules)"],
-        cwd=ROOT, env=ENV, capture_output=True, text=True, check=True,
+        cwd=ROOT, env=ENV, capture_output=True, encoding="utf-8", check=True,
     ).stdout.split()  # fmt: skip
     assert not {name.partition(".")[0] for name in said} & set(strangers)
 
@@ -201,7 +205,10 @@ def test_the_evening():
     core = ("encoding", "attention", "cache", "measure", "optimizers")
     evening = ["train", "sample", "model", "posenc", *(f"core.{name}" for name in core)]
     assert set(evening) <= SOURCES.keys()
-    assert sum(len(code_lines(SOURCES[module].read_text(), TREES[module])) for module in evening) <= EVENING
+    assert (
+        sum(len(code_lines(SOURCES[module].read_text(encoding="utf-8"), TREES[module])) for module in evening)
+        <= EVENING
+    )
 
 
 def test_the_data_know_no_model():
@@ -213,3 +220,35 @@ def test_the_data_know_no_model():
             seen.add(module)
             ahead += [name for name, _, _ in imports(module)]
     assert not seen & {"model", "posenc", "core.attention", "core.cache"}
+
+
+def says_utf8(call):
+    """Whether a call names the encoding, if it opens a text file or exchanges text with a process."""
+    function, named = call.func, {keyword.arg: keyword.value for keyword in call.keywords}  # None: behind **
+    name = getattr(function, "id", getattr(function, "attr", ""))
+    if {"encoding", None} & named.keys():
+        return True
+    if name in ("run", "Popen", "check_output") and ast.unparse(function).startswith("subprocess."):
+        return not {"text", "universal_newlines"} & named.keys()
+    if name in ("read_text", "write_text"):
+        return len(call.args) > (name == "write_text")
+    if name in ("TemporaryFile", "NamedTemporaryFile", "SpooledTemporaryFile"):
+        return "mode" not in named
+    if name not in ("open", "fdopen") or ast.unparse(function) in ("os.open", "Image.open"):
+        return True
+    place = 0 if isinstance(function, ast.Attribute) and name == "open" else 1  # of the mode: Path.open has no path
+    mode = named.get("mode", call.args[place] if len(call.args) > place else ast.Constant("r"))
+    return not isinstance(mode, ast.Constant) or "b" in mode.value
+
+
+def test_every_text_file_is_utf8_whatever_the_locale():
+    """On Windows, and under LC_ALL=C, open() means another encoding by itself."""
+    bad = "open(f); open(f, 'w'); f.open(); f.read_text(); f.write_text(t); subprocess.run(w, text=True)"
+    assert not any(says_utf8(node) for node in ast.walk(ast.parse(bad)) if isinstance(node, ast.Call))
+    good = (
+        "open(f, 'rb'); f.open('wb'); f.read_text('utf-8'); subprocess.run(w); open(f, encoding='utf-8'); os.open(f, 1)"
+    )
+    assert all(says_utf8(node) for node in ast.walk(ast.parse(good)) if isinstance(node, ast.Call))
+    for file in SOURCES.values():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            assert not isinstance(node, ast.Call) or says_utf8(node), f"{file}:{node.lineno}: {ast.unparse(node)}"

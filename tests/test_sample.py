@@ -202,3 +202,10 @@ def test_repeated_counts_four_grams_that_stood_before():
     assert sample.repeated(list(range(50))) == 0
     assert sample.repeated([1, 2, 3, 4] * 5) == 1 - 4 / 17
     assert sample.repeated([1, 2]) == 0
+
+
+def test_text_that_depends_on_how_much_was_asked_for_says_so(trained, call_script):
+    for way, said in (("rope", 0), ('rope(scaling="dynamic", factor=1)', 1), ('rope(scaling="yarn")', 0)):
+        done = call_script("sample.py", trained, "--tokens=2", f"--posenc={way}")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("another --tokens is another text") == said

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 from small import CPU
 
 from core import report
@@ -88,3 +89,35 @@ def test_write_table_without_markers_is_the_whole_file(tmp_path):
     report.write_table(tmp_path / "new.md", "bench", ["| a |"], "python x.py", CPU, seed=3)
     text = (tmp_path / "new.md").read_text()
     assert text.startswith("| a |\n\nMade by `python x.py`: seed 3, commit ")
+
+
+def test_write_table_leaves_line_ends_and_bytes_of_a_page_as_they_are(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_bytes(b"\xff\r\n<!-- x -->\r\nold\r\n<!-- /x -->\r\nend\r\n")
+    report.write_table(page, "x", ["| new |"], "python x.py", CPU)
+    begin, text, end = page.read_bytes().partition(b"| new |\n")
+    assert begin == b"\xff\r\n<!-- x -->\r\n" and end.endswith(b".\n<!-- /x -->\r\nend\r\n") and text
+
+
+def test_a_place_has_a_beginning_and_an_end(tmp_path):
+    assert report.place_of("x").search(b"<!-- x -->\n<!-- /x -->")
+    for page in (b"<!-- x -->\n", b"<!-- /x -->\n<!-- x -->\n", b"<!-- y -->\n<!-- /y -->", b"<!-- x --> <!-- /x -->"):
+        assert not report.place_of("x").search(page)
+
+
+def test_a_record_is_whole_where_every_table_can_be_made_of_it():
+    whole = record(3.0, 2.0, 1.0)
+    assert tables.is_whole(whole)
+    values, keys = (None, "x", -1.5, [], {}, [1], ["a", "b", "c"]), ("train_length", "lengths", "loss")
+    odd = [whole | {key: value} for key in keys for value in values]
+    odd += [{name: whole[name] for name in whole if name != key} for key in whole]
+    for other in (*odd, [], {}, None):
+        assert not tables.is_whole(other), other
+
+
+def test_a_folder_of_a_killed_call_is_ours_and_one_of_other_pages_is_not(tmp_path):
+    (tmp_path / "length.png").touch()
+    with pytest.raises(ValueError, match="other files"):
+        tables.check_folder(tmp_path)
+    report.write_table(tmp_path / "results.md", "evaluate", ["| a |"], "python evaluate.py", CPU)
+    tables.check_folder(tmp_path)

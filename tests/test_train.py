@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny import TINY, TORCHRUN, bound, command, finish, run, start, step_sums
 
+import evaluate
 import train
 from core import optimizers, runs
 from core import place as places
@@ -325,10 +326,65 @@ def test_fewer_steps_than_were_done_are_refused(copy, refuse):
     refuse(copy, r"is at step 24 already, past --max_steps=10; .*--out_dir", max_steps=10)
 
 
-def test_more_steps_may_be_asked_for(copy, corpus):
-    run(corpus, copy, max_steps=26, checkpoint_interval=13)
+def test_more_steps_may_be_asked_for_and_the_jump_of_the_learning_rate_is_said(copy, corpus):
+    done = run(corpus, copy, max_steps=26, checkpoint_interval=13)
     assert state(copy)["step"] == 26
     assert lengths(copy)["step"] == 26
+    # Step 24 of 24 had 1 / 24 / 2 / .4 of the peak, step 25 of 26 has 3 / 26 / 2 / .4.
+    said = "max_steps was 24 and is now 26: the learning rate goes back up from 0.000313 to 0.000865\n"
+    assert done.stdout.count(said) == 1
+
+
+def test_more_steps_under_a_length_schedule_are_refused_since_batches_would_come_twice(corpus, tmp_path, refuse):
+    settings = {"length_schedule": "{0.0: 4, 0.5: 16}", "length_targets": 0, "eval_interval": 100}
+    run(corpus, tmp_path / "run", max_steps=6, **settings)
+    refuse(tmp_path / "run", r"move the phases .*--init_from=\S+/run and another --out_dir", max_steps=12, **settings)
+
+
+# ---- side files
+
+
+def test_a_damaged_metrics_file_is_set_aside_and_a_hole_is_said(copy, corpus):
+    file = copy / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    odd = ["[]", '{"loss": 1}', '{"step": "x"}', '{"step": 3, "loss": [1]}', "\0\0", '{"step": 1e999', '{"step": 1.5}']
+    file.write_text("\n".join(odd + lines) + "\n" + lines[-1][:20])
+    torn = file.read_text()
+    done = run(corpus, copy)
+    assert f"{file} has 7 damaged lines; the others are kept: set aside as metrics.jsonl.damaged\n" in done.stderr
+    assert (copy / "metrics.jsonl.damaged").read_text() == torn
+    assert file.read_text().splitlines() == lines and "says nothing" not in done.stdout
+
+    holes = [line for line in lines if json.loads(line)["step"] not in (*range(3, 9), 24)]
+    file.write_text("\n".join(holes) + "\n")
+    said = run(corpus, copy).stdout
+    for steps in ("2 and 9", "23 and 24"):
+        assert said.count(f"{file} says nothing of the loss between steps {steps}\n") == 1
+    assert said.count("says nothing") == 2
+    file.unlink()
+    assert f"{file} says nothing of the loss between steps 0 and 24\n" in run(corpus, copy).stdout
+
+
+def test_odd_files_beside_the_checkpoint_never_stop_a_run(copy, corpus, capsys):
+    """Whatever is in length.json and config.json."""
+    for content in ("[]", '{"step": 24}', '{"step": 24, "lengths": 3, "train_length": 16}'):
+        (copy / "length.json").write_text(content)
+        assert not evaluate.is_closed(copy, 24)
+        assert "length.json is damaged: set aside as length.json.damaged" in capsys.readouterr().err
+    (copy / "config.json").write_text(content)
+    run(corpus, copy)
+    assert evaluate.is_closed(copy, 24) and json.loads((copy / "config.json").read_text())["n_layer"] == 2
+
+
+def test_a_record_is_written_after_its_picture_and_made_again_without_it(copy, corpus, monkeypatch, call_script):
+    """A kill between the two, of an older version in the other order, lost the picture for good."""
+    (copy / "length.png").unlink()
+    assert not evaluate.is_closed(copy, 24)
+    (copy / "length.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "pictures", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call_script("train.py", *command(corpus, copy)[2:]).returncode == 130
+    assert not (copy / "length.json").exists()
 
 
 def test_the_best_checkpoint_alone_cannot_go_on(copy, refuse):
@@ -376,7 +432,7 @@ def test_a_checkpoint_cannot_run_code(copy, tmp_path, refuse):
     torch.save({"model": Trap(), "step": 1, "config": {}}, copy / "ckpt.pt")
     refuse(copy, "more than tensors and plain values")
     (copy / "ckpt.pt").write_bytes(pickle.dumps(Trap()))
-    refuse(copy, "more than tensors and plain values")
+    refuse(copy, "no checkpoint of ours")
     assert not (tmp_path / "ran").exists()
 
 

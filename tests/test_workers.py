@@ -1,12 +1,18 @@
 """Processes that work side by side, with small scripts in the place of train.py and evaluate.py."""
 
 import functools
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from tiny import ROOT
 
+from core import runs
 from core.errors import UserError
 from lab import workers
 from lab.workers import Workers
@@ -24,14 +30,14 @@ SCRIPTS = {
 def start(tmp_path, monkeypatch):
     """start(jobs) -> Workers, whose scripts are those above."""
     for name, source in SCRIPTS.items():
-        (tmp_path / name).write_text(source)
+        (tmp_path / name).write_text(source, encoding="utf-8")
     monkeypatch.setattr(workers, "ROOT", tmp_path)
     return lambda jobs=1: Workers(jobs, torch.device("cpu"), tmp_path)
 
 
 def test_what_a_script_says_goes_to_a_file(start, tmp_path):
     start(jobs=torch.get_num_threads()).call("one", "say.py", "a", 2)
-    assert (tmp_path / "one.log").read_text() == "a 2 --device=cpu 1\n"
+    assert (tmp_path / "one.log").read_text(encoding="utf-8") == "a 2 --device=cpu 1\n"
 
 
 def test_a_failure_is_told_by_the_last_line_of_the_script_itself(start, tmp_path):
@@ -59,3 +65,73 @@ def test_a_folder_whose_name_begins_with_a_dash_is_measured(start, tmp_path, mon
     with pytest.raises(UserError, match="is not at step 3"):
         workers.measured(start(), Path("-x"), 3, "")
     assert (tmp_path / "-x-reach.log").read_text().startswith("./-x --out_dir=-x/reach ")
+
+
+PARENT = f"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, {str(ROOT)!r})
+from lab import workers
+
+workers.ROOT = here = Path(__file__).parent
+workers.Workers(1, torch.device("cpu"), here).call("one", "child.py", here)
+"""
+CHILD = f"""
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, {str(ROOT)!r})
+from core import errors
+
+def main(argv):
+    signal.signal(signal.SIGTERM, lambda *_: (Path(argv[0], "ended").touch(), sys.exit(0)))
+    Path(argv[0], "begun").touch()
+    time.sleep(60)
+
+errors.run(main)
+"""
+
+
+def test_processes_end_with_the_one_that_started_them_however_it_ends(tmp_path):
+    for name, source in (("parent.py", PARENT), ("child.py", CHILD)):
+        (tmp_path / name).write_text(source, encoding="utf-8")
+    process = tiny.start([sys.executable, tmp_path / "parent.py"])
+    for name in ("begun", "ended"):
+        deadline = time.monotonic() + 30
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < deadline, name
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+
+
+def test_a_run_waits_for_the_process_that_still_saves_it(start, tmp_path, capsys):
+    held = runs.lock(tmp_path / "run")
+    waiting = threading.Thread(target=start().wait_for, args=(tmp_path / "run",))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    held.release()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert capsys.readouterr().err == f"waiting for another process, which trains into {tmp_path}/run\n"
+    start().wait_for(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_odd_results_are_set_aside_and_made_again(tmp_path, capsys):
+    record = {"step": 3, "train_length": 16, "lengths": [16], "loss": [1.0], "windows": 4}
+    whole = {"made": {"command": "python evaluate.py", "commit": "abc"}, "runs": {"a": record}}
+    file = tmp_path / "results.json"
+    runs.write_json(file, whole)
+    assert workers.left(tmp_path)[:2] == ("python evaluate.py", {"a": record | {"commit": "abc"}})
+    odd = [whole | {key: value} for key in whole for value in (None, 3, [], {"a": 3}, {"a": {}})]
+    odd += [whole | {"runs": {"a": record | {key: None}}} for key in ("train_length", "lengths", "loss")]
+    for content in odd:
+        runs.write_json(file, content)
+        assert workers.left(tmp_path) == ("", {}, 0.0) and not file.exists()
+        assert capsys.readouterr().err.startswith(f"{file} is damaged: set aside as results.json.damaged")

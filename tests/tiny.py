@@ -133,7 +133,7 @@ class Command:
             self.process = _CONTEXT.Process(target=_become, args=(line[1:], cwd, env, *self.files), daemon=True)
             self.process.start()
         else:
-            with open(self.files[0], "w") as out, open(self.files[1], "w") as err:
+            with open(self.files[0], "w", encoding="utf-8") as out, open(self.files[1], "w", encoding="utf-8") as err:
                 self.process = subprocess.Popen(line, cwd=cwd, env=env, stdout=out, stderr=err)
         self.pid = self.process.pid
 
@@ -151,18 +151,19 @@ class Command:
 
     def send_signal(self, number):
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # A fork's end is known a moment later than it is gone.
+                os.kill(self.pid, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
 
     @property
     def stdout(self):
-        return self.files[0].read_text()
+        return self.files[0].read_text(encoding="utf-8")
 
     @property
     def stderr(self):
-        return self.files[1].read_text()
+        return self.files[1].read_text(encoding="utf-8")
 
 
 class Ranks:

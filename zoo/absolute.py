@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.encoding import Encoding
-from posenc import frequencies, sinusoids
+from posenc import angles, frequencies, sinusoids
 
 
 class Fourier(Encoding):
@@ -40,8 +40,8 @@ class Fourier(Encoding):
 
     def embed(self, pos):
         with torch.autocast(pos.device.type, enabled=False):
+            angle = angles(pos, self.frequency.dtype, self.frequency.to)
             p = pos[:, None].to(self.frequency.dtype)
-            angle = p * self.frequency
             features = torch.cat((angle.cos(), angle.sin(), torch.log1p(p)), dim=-1)  # (T, C + 1)
             return self.outer(F.gelu(self.inner(features)))
 
@@ -60,6 +60,9 @@ class Recurrent(Encoding):
 
     name = "recurrent"
     arguments = {"form": ("learned", "linear"), "base": 10000.0}
+    max_length = 1 << 20
+    way_out = "its table has a row for each of them, made one after the other; attend to a window of text with --crop"
+    forms = {"form": {"linear": ("base",)}}
     shared = True
 
     def setup(self):

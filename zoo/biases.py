@@ -106,8 +106,8 @@ class Sandwich(Encoding):
         b = (sum_{m=1}^{d/2} cos(n / 10000^(2m/d)) - d/2) H / (8 h),  d = 128, h = 1 ... H
 
     No parameters. It falls about as the logarithm of the distance, and fast in the first heads, slowly in the last;
-    past T it goes on falling, and the loss stays flat. Trap: copies that sum n w_m instead of cos(n w_m) are linear
-    biases.
+    past T it goes on falling, and the loss stays flat. Traps: copies that sum n w_m instead of cos(n w_m) are linear
+    biases; and float32, in which a GPU computes it, has angles n w_m exact to n / 2^24 alone (the CPU takes float64).
     """
 
     name = "sandwich"

@@ -6,6 +6,7 @@ no more. `values(weights, pairs)` is the output of attention, to which shaw adds
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -128,8 +129,8 @@ class FoX(Encoding):
 
     H (C + 1) parameters a layer. The cache keeps the running sum F beside the keys. Past T what is far has been
     forgotten, as in alibi, but by decisions of the content: the loss stays flat. Positions themselves are never
-    used. Traps: F in half precision loses the small differences that matter; and sinks are forgotten like anything
-    else.
+    used. Traps: F in half precision loses the small differences that matter (float32 has them to F / 2^24, and
+    F grows with the text); and sinks are forgotten like anything else.
     """
 
     name = "fox"
@@ -154,7 +155,9 @@ class DAPE(Kerple):
         S + B + MLP([S ; B]),  S = q k^T / sqrt(D),  B the bias of kerple,  the MLP 2H -> 32 -> H with leaky ReLU
 
     applied to every pair of query and key: about 100 H parameters a layer, and a tensor of B 32 T S elements, which
-    makes it the slowest here. Past T it keeps what kerple gives and corrects it by content.
+    makes it the slowest here. Past T it keeps what kerple gives and corrects it by content. In float16 all of it is
+    computed in float32, and so is the power form in bfloat16: powers are soon beyond 65,504, and beside large ones
+    eight bits would lose the logit.
     """
 
     name = "dape"
@@ -166,8 +169,12 @@ class DAPE(Kerple):
         super().setup()
         self.require(self.width >= 1, f"width must be at least 1, not {self.width}")
         self.inner, self.outer = nn.Linear(2 * self.n_head, self.width), nn.Linear(self.width, self.n_head)
+        self.too_narrow = (torch.float16, torch.bfloat16) if self.form == "power" else (torch.float16,)
 
     def logits(self, pairs):
+        if pairs.q.dtype in self.too_narrow:
+            with torch.autocast(pairs.q.device.type, enabled=False):
+                return self.logits(replace(pairs, q=pairs.q.float(), k=pairs.k.float()))
         s = (pairs.q * self.head_dim**-0.5) @ pairs.k.transpose(-2, -1)  # (B, H, T, S)
         b = self.bias(pairs.i, pairs.j)  # (H, T, S)
         on_s, on_b = self.inner.weight.chunk(2, dim=1)  # (width, H) each; the part of B is the same for all sequences

@@ -6,7 +6,10 @@ called before every training step, the place to draw random ones.
 
 import torch
 
-from core.encoding import Encoding, parse
+from core.encoding import Encoding
+from core.specs import parse
+
+MOST = 1 << 26  # positions to draw from; every step shuffles all of them
 
 
 class Randomized(Encoding):
@@ -23,7 +26,9 @@ class Randomized(Encoding):
 
     name = "randomized"
     arguments = {"inner": "rope", "length": 0}
-    rotate_once = False  # another length of the context is another stride
+    nested = ("inner",)
+    by_length = True  # another length of the context is another stride
+    rotate_once = False
     variants = ("randomized(inner=learned)", "randomized(inner=t5)")
 
     def setup(self):
@@ -31,6 +36,7 @@ class Randomized(Encoding):
         self.require(
             self.length >= self.train_length, f"length must be at least {self.train_length}, not {self.length}"
         )
+        self.require(self.length <= MOST, f"length must be at most {MOST}, not {self.length}")
         cls, arguments, layer = parse(self.inner)
         self.require(not layer, f"{', '.join(layer)} belongs to the layer: randomized(inner=..., window=32)")
         self.require(cls is not Randomized, "the inner encoding must be another one")

@@ -6,12 +6,16 @@ make the logits. A rotation that stays true as the context grows is done once, a
 that need another angle for far keys than for near ones have two products, and so override `logits`.
 """
 
+import math
 from dataclasses import replace
 
 import torch
 
 from core.encoding import distances
 from posenc import RoPE
+
+AT_ONCE = 1 << 14  # tokens that enter an empty cache together
+LARGEST = 80.0  # a power e^80 of queries or keys leaves float32 room for their products
 
 
 class XPos(RoPE):
@@ -23,6 +27,10 @@ class XPos(RoPE):
     breaks, at long distances only: 512 is four default training lengths. Traps: those powers overflow (float16 at
     position 4,532), so exponents count from the middle of the queries of a call, and the cache holds plain keys, whose
     scale is never stale; and (1 + i/512)^-1 in place of zeta^(i/512) is not a function of i - j at all.
+
+    In float16 queries and keys are scaled, and the logits computed, in float32. That holds for 65,000 queries at once,
+    after any number of keys. Another `scale_base` or `gamma` that holds for fewer than the 16,384 which enter a cache
+    at once has no positions past those.
     """
 
     name = "xpos"
@@ -36,6 +44,12 @@ class XPos(RoPE):
         super().setup()
         self.require(self.gamma > 0 and self.scale_base > 0, "gamma and scale_base must be above 0")
         self.rotate_once = False
+        # The powers of zeta_0 = gamma / (1 + gamma) are the largest, half as many tokens from the middle.
+        queries = 2 * LARGEST * self.scale_base / math.log(1 + 1 / self.gamma)
+        overflow = f"{queries:.0f} queries at once are what float32 holds; a larger scale_base holds for more"
+        self.require(queries >= self.train_length, overflow)
+        if queries < AT_ONCE:
+            self.max_length, self.way_out = int(queries), overflow
 
     def rotate(self, pairs):
         middle = (pairs.i[0] + pairs.i[-1]) // 2
@@ -47,7 +61,7 @@ class XPos(RoPE):
         m = torch.arange(self.head_dim // 2, device=x.device, dtype=dtype)
         zeta = (2 * m + self.gamma * self.head_dim) / ((1 + self.gamma) * self.head_dim)
         scale = zeta.repeat(2) ** (power[:, None].to(dtype) / self.scale_base)  # (T, D)
-        return (x * scale).to(x.dtype)
+        return (x * scale).to(dtype if x.dtype == torch.float16 else x.dtype)
 
 
 class ReRoPE(RoPE):
@@ -67,7 +81,9 @@ class ReRoPE(RoPE):
 
     def setup(self):
         super().setup()
-        self.require(self.rotate_once, f"{self.scaling} changes with the context, which {self.name} makes unnecessary")
+        turn_off = f"write {self.name}(scaling='none')"
+        changes = f"{self.scaling} changes with the context, which {self.name} makes unnecessary; {turn_off}"
+        self.require(self.rotate_once, changes)
         self.require(not self.turns_values, f"{self.name} turns no values")
         self.require(self.window >= 0, f"window must not be negative, is {self.window}")
         self.require(self.leak == 0 or self.leak >= 1, f"leak must be 0 (for infinity) or at least 1, not {self.leak}")
@@ -79,7 +95,8 @@ class ReRoPE(RoPE):
     def far(self, i, j):
         """Positions of queries (T,) and keys (S,) for distances of the window and beyond."""
         share = 1 / self.leak if self.leak else 0.0
-        return self.window + (i - self.window) * share, j * share
+        wide = torch.float32 if i.device.type == "mps" else torch.float64  # float32 counts to 2^24 alone
+        return self.window + (i - self.window).to(wide) * share, j.to(wide) * share
 
     def logits(self, pairs):
         near, far = (

@@ -83,7 +83,7 @@ class Worker:
         words = json.dumps(settings | {"length_schedule": {}}), str(options.decode_tokens)
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER, *words],
-            cwd=folder, env=timing.plain_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=folder, env=timing.plain_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
 
     def seconds(self, *question):

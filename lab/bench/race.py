@@ -134,7 +134,7 @@ def timed(words, work):
     began = time.time()
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(began), str(kept), *words],
-        cwd=work, env=timing.plain_environment(), capture_output=True, text=True,
+        cwd=work, env=timing.plain_environment(), capture_output=True, encoding="utf-8",
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"{words[0]} failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
