@@ -107,15 +107,18 @@ def encode_in_pieces(tokenizer, texts):
         # Some tokenizers put a space before all that they are given. A piece that goes on is therefore encoded behind a
         # character that merges with none of its own, and whose ids are taken off again.
         lead = "" if index == 0 else "a" if piece[0].isspace() else "\n"
-        encode = tokenizer.encode_ordinary if getattr(tokenizer, "name", "") != "bytes" else str.encode
+        encode = tokenizer.encode_ordinary if getattr(tokenizer, "name", "") != "bytes" else utf8
         yield list(encode(lead + piece)[len(encode(lead)) :])
 
 
 def encode(tokenizer, text):
-    """The ids (list) of a text, a str, without what stands around it. Bytes of a command line that are no UTF-8 are the
-    sign for what cannot be read, U+FFFD."""
-    readable = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return [id for ids in encode_in_pieces(tokenizer, readable) for id in ids]
+    """The ids (list) of a text, a str, without what stands around it."""
+    return [id for ids in encode_in_pieces(tokenizer, text) for id in ids]
+
+
+def utf8(text):
+    """The bytes of a text. Those of a command line that are no UTF-8 become U+FFFD, as tiktoken has it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def fingerprint(tokenizer):
