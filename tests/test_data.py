@@ -180,7 +180,7 @@ def split_of(folder, sizes, tmp_path):
     """Texts of so many characters, by name, in a folder -> the Dataset of it."""
     folder.mkdir(exist_ok=True)
     for name, size in sizes.items():
-        (folder / name).write_text((f"{name} " * size)[:size])
+        (folder / name).write_text((f"{name} " * size)[:size], encoding="utf-8")
     return open_dataset(config_of(tmp_path, folder))
 
 
@@ -205,7 +205,7 @@ def test_a_tenth_is_held_out_by_size_not_by_number(tmp_path):
 def test_copies_of_a_document_stand_on_one_side(tmp_path):
     (tmp_path / "folder").mkdir()
     for n in range(120):
-        (tmp_path / "folder" / f"{n:03}.txt").write_text(f"document {n % 40}\n" * (n % 40 + 1))
+        (tmp_path / "folder" / f"{n:03}.txt").write_text(f"document {n % 40}\n" * (n % 40 + 1), encoding="utf-8")
     opened = open_dataset(config_of(tmp_path, tmp_path / "folder"))
     train, val = texts(opened, "train"), texts(opened, "val")
     assert len(train) + len(val) == 120 and not {*train} & {*val} and {*map(val.count, val)} == {3}
@@ -214,7 +214,7 @@ def test_copies_of_a_document_stand_on_one_side(tmp_path):
 def test_what_programs_of_ours_wrote_hidden_files_and_null_bytes_are_no_text(tmp_path, monkeypatch, capsys):
     """And they change nothing: a run in the midst of its own corpus goes on."""
     monkeypatch.chdir(tmp_path)
-    Path("notes.txt").write_text("a note\n" * 99)
+    Path("notes.txt").write_text("a note\n" * 99, encoding="utf-8")
     Path("table.bin").write_bytes(b"a\0b" * 99)
     config = config_of(tmp_path, ".", data_dir="data")
     before = open_dataset(config)
@@ -227,7 +227,7 @@ def test_what_programs_of_ours_wrote_hidden_files_and_null_bytes_are_no_text(tmp
                  "out/all/logs/train.lock", "out/all/results.md", "out/all/results.json", "copy/train.bin",
                  "copy/meta.json", ".hidden", "data/tokens/killed.part/train.bin"):  # fmt: skip
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text("not a note")
+        Path(name).write_text("not a note", encoding="utf-8")
     assert open_dataset(config).folder == before.folder
     assert b"".join(texts(before, "train") + texts(before, "val")) == b"a note\n" * 99
     _, left_out = text.found(config)
@@ -243,14 +243,14 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     assert "/dev/null is a pipe or a device" in mistake(config_of(tmp_path, "/dev/null"))
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "folder" / "pipe")
-    (tmp_path / "folder" / "a.txt").write_text("text " * 99)
+    (tmp_path / "folder" / "a.txt").write_text("text " * 99, encoding="utf-8")
     open_dataset(config_of(tmp_path, tmp_path / "folder"))
 
 
 def test_files_whose_names_are_not_utf8_are_read(tmp_path, monkeypatch):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
-    (folder / os.fsdecode(b"\xff.txt")).write_text("text " * 99)
+    (folder / os.fsdecode(b"\xff.txt")).write_text("text " * 99, encoding="utf-8")
     (folder / os.fsdecode(b"\xfe.txt")).write_bytes(b"\xff")
     stderr = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace", write_through=True)  # as Python's is
     monkeypatch.setattr(sys, "stderr", stderr)
@@ -261,7 +261,7 @@ def test_files_whose_names_are_not_utf8_are_read(tmp_path, monkeypatch):
 def test_a_file_is_read_in_pieces_that_cut_no_character(tmp_path, monkeypatch):
     content = "naïve 日本語 👍\r\n\ufeff" * 3
     file = tmp_path / "text.txt"
-    file.write_text(content, newline="")
+    file.write_text(content, newline="", encoding="utf-8")
     for block in (1, 2, 3, 7):
         monkeypatch.setattr(text, "BLOCK", block)
         assert text.read(file) == content
@@ -277,7 +277,7 @@ def test_a_file_is_read_in_pieces_that_cut_no_character(tmp_path, monkeypatch):
 
 def test_each_of_a_few_files_gives_its_end_to_validation(tmp_path):
     for name in "abc":
-        (tmp_path / name).write_text(name * 200)
+        (tmp_path / name).write_text(name * 200, encoding="utf-8")
     listed = config_of(tmp_path, "replaced")
     listed.text = [str(tmp_path / name) for name in "cab"]
     opened = open_dataset(listed)
@@ -288,8 +288,8 @@ def test_each_of_a_few_files_gives_its_end_to_validation(tmp_path):
 
 def test_a_part_without_text_is_no_document(tmp_path):
     """One letter is too short to be cut: all of it is validation's."""
-    (tmp_path / "a").write_text("a" * 100)
-    (tmp_path / "b").write_text("b")
+    (tmp_path / "a").write_text("a" * 100, encoding="utf-8")
+    (tmp_path / "b").write_text("b", encoding="utf-8")
     config = config_of(tmp_path, "replaced")
     config.text = [str(tmp_path / "a"), str(tmp_path / "b")]
     opened = open_dataset(config)
@@ -297,7 +297,7 @@ def test_a_part_without_text_is_no_document(tmp_path):
 
 
 def test_meta_tells_what_is_in_the_folder(dataset):
-    meta = json.loads((dataset.folder / "meta.json").read_text())
+    meta = json.loads((dataset.folder / "meta.json").read_text(encoding="utf-8"))
     assert sorted(file.name for file in dataset.folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     assert meta["tokenizer"] == "bytes" and meta["vocab_size"] == 257
     for split in ("train", "val"):
@@ -358,8 +358,8 @@ def test_every_tokenizer_gets_its_own_folder(tmp_path, corpus, dataset):
 
 
 def change_meta(folder, **changes):
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | changes))
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    (folder / "meta.json").write_text(json.dumps(meta | changes), encoding="utf-8")
 
 
 def put_id(file, index, value):
@@ -385,8 +385,8 @@ DAMAGE = {
     "meta cut short": lambda folder: os.truncate(folder / "meta.json", 40),
     "meta empty": lambda folder: os.truncate(folder / "meta.json", 0),
     "meta not UTF-8": lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe{}"),
-    "meta a list": lambda folder: (folder / "meta.json").write_text("[]"),
-    "meta an empty dict": lambda folder: (folder / "meta.json").write_text("{}"),
+    "meta a list": lambda folder: (folder / "meta.json").write_text("[]", encoding="utf-8"),
+    "meta an empty dict": lambda folder: (folder / "meta.json").write_text("{}", encoding="utf-8"),
     "counts missing": lambda folder: change_meta(folder, tokens=None),
     "count of one split missing": lambda folder: change_meta(
         folder, tokens={"train": (folder / "train.bin").stat().st_size // 2}
@@ -421,9 +421,9 @@ def test_damaged_token_files_are_named_or_made_again(tmp_path, corpus, dataset, 
 
 def unsealed(folder):
     """The folder as it was written before there was a seal."""
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     del meta["seal"]
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 @pytest.mark.parametrize("sealed", [True, False])
@@ -490,14 +490,14 @@ def test_a_folder_of_an_earlier_version_stays_in_use(tmp_path, corpus, monkeypat
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path):
-    (tmp_path / "a.txt").write_text("good text\n" * 99)
+    (tmp_path / "a.txt").write_text("good text\n" * 99, encoding="utf-8")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9\n" * 99)
     config = config_of(tmp_path, "replaced")
     config.text = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     said = mistake(config)
     assert str(tmp_path / "b.txt") in said and "UTF-8" in said and "\n" not in said
     assert files_below(tmp_path / "data") == []
-    (tmp_path / "b.txt").write_text("mended\n" * 99)
+    (tmp_path / "b.txt").write_text("mended\n" * 99, encoding="utf-8")
     opened = open_dataset(config)
     assert sum(map(len, texts(opened, "train") + texts(opened, "val"))) == 99 * (10 + 7)
 
@@ -607,7 +607,7 @@ def test_text_of_nothing_but_empty_files_is_named(tmp_path):
 def test_a_binary_file_is_left_out_of_a_folder_and_refused_by_name(tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "a.txt").write_text("good text\n" * 99)
+    (folder / "a.txt").write_text("good text\n" * 99, encoding="utf-8")
     for name in ("b.png", "c.png"):
         (folder / name).write_bytes(b"good text, then \x89PNG\xff")
     opened = open_dataset(config_of(tmp_path, folder))
@@ -630,7 +630,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, corpus, monkeypatch):
 
 def test_text_must_be_longer_than_a_window(tmp_path):
     file = tmp_path / "text.txt"
-    file.write_text("x" * 100)  # 10 go to validation; with the end of text 11 tokens, for inputs and one target more
+    file.write_bytes(b"x" * 100)  # 10 go to validation; with the end of text 11 tokens, for inputs and one target more
     assert open_dataset(config_of(tmp_path, file, train_length=10)).val.tolist() == [120] * 10 + [256]
     said = mistake(config_of(tmp_path, file, train_length=11))
     assert str(file) in said and "train_length" in said and "val" in said
@@ -648,12 +648,12 @@ def library(tmp_path, monkeypatch):
     for n in range(300):
         file = folder / ("email" if n % 3 else "") / f"module_{n}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"x = {n}\n")
+        file.write_text(f"x = {n}\n", encoding="utf-8")
     for name in ("site-packages", "test", "email/tests", "encodings", "idlelib/idle_test", "lib2to3/tests/data"):
         (folder / name).mkdir(parents=True)
-        (folder / name / "left_out.py").write_text("left_out = True\n")
+        (folder / name / "left_out.py").write_text("left_out = True\n", encoding="utf-8")
     (folder / "empty.py").touch()
-    (folder / "notes.txt").write_text("left_out\n")
+    (folder / "notes.txt").write_text("left_out\n", encoding="utf-8")
     packages = str(folder / "site-packages")
     paths = {"stdlib": str(folder), "purelib": packages, "platlib": packages}
     monkeypatch.setattr(python.sysconfig, "get_paths", lambda: paths)
@@ -678,7 +678,7 @@ def test_a_module_stays_in_its_split_when_others_come_and_go(library):
     before = {content: split for split, content in python.documents(Config())}
     for n in range(0, 300, 2):
         next(library.rglob(f"module_{n}.py")).unlink()
-    (library / "new.py").write_text("new = True\n")
+    (library / "new.py").write_text("new = True\n", encoding="utf-8")
     after = {content: split for split, content in python.documents(Config())}
     assert len(after) == 151 and all(before.get(content, split) == split for content, split in after.items())
 
@@ -688,7 +688,7 @@ def test_packages_add_their_source_and_nothing_else(tmp_path, library):
     (packages / "left_out.py").unlink()
     for name in ("one/__init__.py", "one/inner/core.py", "one/tests/test_core.py", "one/_vendor/two.py"):
         (packages / name).parent.mkdir(parents=True, exist_ok=True)
-        (packages / name).write_text(f"name = '{name}'\n")
+        (packages / name).write_text(f"name = '{name}'\n", encoding="utf-8")
     (packages / "one" / "latin.py").write_bytes(b"# caf\xe9\n")
     plain, more = config_of(tmp_path), config_of(tmp_path, packages=True)
     before, after = open_dataset(plain), open_dataset(more)
@@ -696,7 +696,7 @@ def test_packages_add_their_source_and_nothing_else(tmp_path, library):
     added = {*texts(after, "train"), *texts(after, "val")} - {*texts(before, "train"), *texts(before, "val")}
     assert added == {b"name = 'one/__init__.py'\n", b"name = 'one/inner/core.py'\n"}
     assert python.signature(plain) == [(file.name, file.stat().st_size) for file in python.stdlib_files()]
-    (packages / "new.py").write_text("new = True\n")
+    (packages / "new.py").write_text("new = True\n", encoding="utf-8")
     assert open_dataset(plain).folder == before.folder and open_dataset(more).folder != after.folder
 
 
