@@ -184,7 +184,7 @@ def main(argv):
     T, count = config.train_length, options.tokens or 8 * config.train_length
     if any(encoding.by_length for encoding in model.posenc) and not options.crop:
         print(f"{config.posenc} is scaled to the whole text: another --tokens is another text", file=sys.stderr)
-    prompt = [*vocabulary.begin(tokenizer), *tokenizer.encode_ordinary(options.prompt)] or [tokenizer.eot_token]
+    prompt = [*vocabulary.begin(tokenizer), *vocabulary.encode(tokenizer, options.prompt)] or [tokenizer.eot_token]
     options.check_model(model)
     check(options, model, prompt, count)
 

@@ -93,6 +93,16 @@ def flush_folder(folder):
             flush(file)
 
 
+def flush_names(folder):
+    """Wait until the names in a folder are on the disk, where the system can say so."""
+    with contextlib.suppress(OSError):  # Windows opens no folders.
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def lock(path, wait=False):
     """Keep other processes out while the FileLock returned exists. None where another one is in and `wait` is False.
 

@@ -30,6 +30,7 @@ from core.files import atomic
 from core.flags import flags, make
 from data.python import stdlib_files
 from data.text import find, read
+from data.vocabulary import encode_in_pieces
 
 # Text is first cut into chunks, and no token ever reaches across a chunk's border. Otherwise the vocabulary would fill
 # up with accidents such as "dog." and "dog,". The first alternative that matches wins, and every character matches one.
@@ -162,7 +163,7 @@ def texts_of(sources: list[str], options: Options) -> list[str]:
         raise UserError(f"--out={out}: Is a directory")
     if out.exists() and not options.force:
         raise UserError(f"--out={out} exists already; --force replaces it")
-    files = find(sources) if sources else stdlib_files()
+    files = find(sources)[0] if sources else stdlib_files()
     texts = [read(path) for path in tqdm(files, desc="reading", disable=None)]
     if not any(texts):
         raise UserError(f"there is no text to learn from: no files in {', '.join(sources)}, or empty ones")
@@ -180,7 +181,7 @@ def main(argv: list[str]) -> None:
 
     tokenizer = tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     num_bytes = sum(len(text.encode("utf-8")) for text in texts)
-    num_tokens = sum(len(tokenizer.encode_ordinary(text)) for text in texts)
+    num_tokens = sum(len(ids) for text in texts for ids in encode_in_pieces(tokenizer, text))
     print(f"{options.out}: {len(ranks) + 1:,} tokens with the end of text, learned in {seconds:.1f} seconds")
     print(f"{num_bytes / num_tokens:.2f} bytes per token on {num_bytes:,} bytes of text")
 

@@ -43,7 +43,9 @@ def signature(config):
 
 
 def documents(config):
-    """Yields (split, text). A file's own name decides its split, so Python versions nearly agree on it."""
+    """Yields (split, text). A file's own name decides its split, so Python versions nearly agree on it; a copy of
+    another file goes where that one went."""
+    side = {}  # SHA-256 of a text -> its split
     for folder, file in sources(config):
         try:
             content = text.read(file)
@@ -52,4 +54,5 @@ def documents(config):
                 raise
             continue
         held_out = hashlib.sha256(file.relative_to(folder).as_posix().encode()).digest()[0] < 256 * text.HELD_OUT
-        yield "val" if held_out else "train", content
+        digest = hashlib.sha256(content.encode()).digest()
+        yield side.setdefault(digest, "val" if held_out else "train"), content

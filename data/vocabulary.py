@@ -13,12 +13,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import regex
 import tiktoken
 
 from core.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"  # a published model's; beside a checkpoint that names it so
+BORDER = regex.compile(r"(?r)(?<=\p{L})[ \n]")  # the last one; see `cut`
+PIECE = 1 << 16  # characters that a tokenizer is given at once
 SHIPPED = {"bpe": Path(__file__).parent / "python4096.tiktoken"}
 
 
@@ -75,6 +78,47 @@ def begin(tokenizer):
 def ends(tokenizer):
     """The ids that end a text, of which the first stands behind documents: one, but in some published models."""
     return getattr(tokenizer, "ends", [tokenizer.eot_token])
+
+
+def cut(texts):
+    """A text, a str or several in a row, yielded in pieces of at most PIECE characters. Where one piece ends and the
+    next begins depends on the text alone.
+
+    They part between a letter and the space or line break behind it, where every tokenizer parts words. A text that has
+    none of these for so long, such as a million spaces, is cut all the same.
+    """
+    rest = ""
+    for text in [texts] if isinstance(texts, str) else texts:
+        text, begin = rest + text, 0
+        while len(text) - begin > PIECE:
+            border = BORDER.search(text, begin + 1, begin + PIECE)
+            end = border.start() if border else begin + PIECE
+            yield text[begin:end]
+            begin = end
+        rest = text[begin:]
+    if rest:
+        yield rest
+
+
+def encode_in_pieces(tokenizer, texts):
+    """A text, a str or several in a row, yielded as the ids (list) of one piece after the other. Together they are what
+    the tokenizer makes of it as a whole (see `cut`), in memory and time that no length of it exhausts."""
+    for index, piece in enumerate(cut(texts)):
+        # Some tokenizers put a space before all that they are given. A piece that goes on is therefore encoded behind a
+        # character that merges with none of its own, and whose ids are taken off again.
+        lead = "" if index == 0 else "a" if piece[0].isspace() else "\n"
+        encode = tokenizer.encode_ordinary if getattr(tokenizer, "name", "") != "bytes" else utf8
+        yield list(encode(lead + piece)[len(encode(lead)) :])
+
+
+def encode(tokenizer, text):
+    """The ids (list) of a text, a str, without what stands around it."""
+    return [id for ids in encode_in_pieces(tokenizer, text) for id in ids]
+
+
+def utf8(text):
+    """The bytes of a text. Those of a command line that are no UTF-8 become U+FFFD, as tiktoken has it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def fingerprint(tokenizer):

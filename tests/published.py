@@ -70,8 +70,8 @@ def oracle(folder):
 def edit(folder, **changes):
     """Change keys of config.json; None takes one out."""
     path = folder / "config.json"
-    cfg = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in cfg.items() if value is not None}))
+    cfg = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in cfg.items() if value is not None}), encoding="utf-8")
     return folder
 
 
@@ -107,9 +107,9 @@ def changed(folder, name, change):
 def retokenized(folder, change):
     """Change the JSON of tokenizer.json."""
     path = folder / "tokenizer.json"
-    inner = json.loads(path.read_text())
+    inner = json.loads(path.read_text(encoding="utf-8"))
     change(inner)
-    path.write_text(json.dumps(inner))
+    path.write_text(json.dumps(inner), encoding="utf-8")
 
 
 def refused(done, *words):

@@ -45,7 +45,7 @@ BAD = {
     "a shard cut short": (lambda f: cut(f / shard(f)[1]), ["model-00002-of-", "cut short"]),
     "an index cut short": (lambda f: (shard(f), cut(f / load.INDEX)), [load.INDEX, "cannot be read"]),
     "an index of another form": (
-        lambda f: (shard(f), (f / load.INDEX).write_text('{"weight_map": ["a"]}')), [load.INDEX, "weight_map"]
+        lambda f: (shard(f), (f / load.INDEX).write_bytes(b'{"weight_map": ["a"]}')), [load.INDEX, "weight_map"]
     ),
     "a file cut short": (lambda f: cut(f / "model.safetensors"), ["model.safetensors is damaged", "cut short"]),
     "a header cut short": (lambda f: cut(f / "model.safetensors", 1e-2), ["model.safetensors is damaged"]),
@@ -72,12 +72,12 @@ BAD = {
     ),
     "a word among the ends": (lambda f: edit(f, eos_token_id=[0, "2"]), ["eos_token_id=2 is no id"]),
     "an end of generation_config.json that is no token": (
-        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [0, 300]}'), ["eos_token_id=300"]
+        lambda f: (f / "generation_config.json").write_bytes(b'{"eos_token_id": [0, 300]}'), ["eos_token_id=300"]
     ),
     "more layers than tensors": (lambda f: edit(f, num_hidden_layers=9999), ["9999 layers", "21 tensors"]),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer.json", "save_pretrained"]),
     "a damaged tokenizer": (lambda f: cut(f / "tokenizer.json"), ["tokenizer.json is damaged"]),
-    "a tokenizer of another form": (lambda f: (f / "tokenizer.json").write_text("[]"), ["tokenizer.json is damaged"]),
+    "a tokenizer of another form": (lambda f: (f / "tokenizer.json").write_bytes(b"[]"), ["tokenizer.json is damaged"]),
     "a tokenizer without a decoder": (
         lambda f: retokenized(f, lambda j: j.update(decoder=None)), ["tokenizer.json", "decoder"]
     ),
@@ -94,7 +94,7 @@ BAD = {
     "a config.json that is no text": (
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json cannot be read"]
     ),
-    "a config.json that is a list": (lambda f: (f / "config.json").write_text("[1]"), ["is no JSON object"]),
+    "a config.json that is a list": (lambda f: (f / "config.json").write_bytes(b"[1]"), ["is no JSON object"]),
     "a word for a number": (lambda f: edit(f, num_hidden_layers="two"), ["config.json", "num_hidden_layers", "'two'"]),
     "a list for a number": (lambda f: edit(f, hidden_size=[48]), ["config.json", "hidden_size", "[48]"]),
     "a null for a number": (lambda f: edit(f, num_hidden_layers=None), ["config.json", "it lacks num_hidden_layers"]),
@@ -197,14 +197,14 @@ def sharded(tmp_path, plain):
     """A Llama with all the files that one can have, its weights in several of them."""
     folder = copy(plain["llama"], tmp_path / "sharded")
     shard(folder)
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}', encoding="utf-8")
     return folder
 
 
 @pytest.mark.parametrize("name", JSON)
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 def test_json_of_any_depth_is_one_line(sharded, name, opening):
-    (sharded / name).write_text(opening * 100_000)
+    (sharded / name).write_text(opening * 100_000, encoding="utf-8")
     assert str(sharded / name) in refusal(sharded)
 
 
@@ -231,7 +231,7 @@ def test_an_index_leads_to_files_in_its_folder_alone(tmp_path, sharded, name):
     for inside in sharded.glob("*.safetensors"):
         shutil.copy(inside, tmp_path / "out.safetensors")
     for path in (name, str(tmp_path / "out.safetensors")):
-        (sharded / load.INDEX).write_text(json.dumps({"weight_map": {Q: path}}))
+        (sharded / load.INDEX).write_text(json.dumps({"weight_map": {Q: path}}), encoding="utf-8")
         assert re.search("no file in its folder|no weight_map from tensors to files", refusal(sharded))
         assert len(refusal(sharded)) < 1000
 
@@ -270,7 +270,7 @@ def test_a_token_beyond_the_table_says_how_to_go_on_and_both_ways_work(tmp_path,
 def test_a_bit_of_the_header_that_flips_is_one_line_or_nothing(plain, tmp_path):
     """Which bits of the weights flipped, no file says. In the header, some belong to what nobody reads."""
     folder = copy(plain["llama"], tmp_path / "flipped")
-    file, cfg = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    file, cfg = folder / "model.safetensors", json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config, before = Config(**settings_of(cfg)), file.read_bytes()
     size = 8 + int.from_bytes(before[:8], "little")
     whole = load.weights(folder, cfg, config)
@@ -309,17 +309,17 @@ def oddly(value, generator):
 @pytest.mark.parametrize("count", [40, pytest.param(3000, marks=pytest.mark.slow)])
 def test_no_odd_value_is_more_than_one_line(sharded, count):
     generator, lines = random.Random(0), []
-    (sharded / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7]}))
+    (sharded / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7]}), encoding="utf-8")
     for _ in range(count):
         path = sharded / generator.choice(JSON)
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         value = json.loads(before)
         oddly(value, generator)
-        path.write_text(json.dumps(value))
+        path.write_text(json.dumps(value), encoding="utf-8")
         try:
             load.convert(sharded, Path("run"))
             runs.open_run("run")
         except UserError as error:
             lines.append(line_of(error))
-        path.write_text(before)
+        path.write_text(before, encoding="utf-8")
     assert 0 < len(lines) < count and max(map(len, lines)) < 1600

@@ -17,7 +17,7 @@ from tiny import ROOT, bound, finish, step_sums
 from core import runs
 
 PINNED = Path(__file__).parent / "before_the_house"
-EXPECTED = json.loads((PINNED / "expected.json").read_text())
+EXPECTED = json.loads((PINNED / "expected.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def folder(tmp_path, corpus):
 
 def go_on(folder, max_steps):
     """The old command line, whose flags are the run's own settings."""
-    settings = json.loads((PINNED / "config.json").read_text()) | {"max_steps": max_steps}
+    settings = json.loads((PINNED / "config.json").read_text(encoding="utf-8")) | {"max_steps": max_steps}
     flags = [f"--{key}={value}" for key, value in settings.items() if value != ""]
     done = finish([sys.executable, ROOT / "train.py", *flags], cwd=folder)
     assert done.returncode == 0, done.stderr

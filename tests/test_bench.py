@@ -93,7 +93,12 @@ def test_the_command_prints_and_writes_one_row_for_each_encoding(in_this_process
 def test_the_command_itself_prints_and_writes_one_row_for_each_encoding(tmp_path):
     words = [*FLAGS, "--only=alibi", "--rounds=1", "--decode_tokens=2", f"--table={tmp_path}/t.md"]
     done = subprocess.run(
-        [sys.executable, "-m", "lab.bench", *words], cwd=ROOT, env=ENV, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "lab.bench", *words],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     check_table(done.stdout, tmp_path / "t.md")
@@ -105,7 +110,7 @@ def check_table(output, table):
     assert all(float(cell.replace(",", "")) > 0 for row in rows[1:] for cell in row[1:])
     assert re.search(r"context of 1024: [\d.]+ ms/token from the cache", output)
     assert re.search(r"none trains at [\d,]+ GFLOP/s: [\d.]+% of the [\d,]+ that products of", output)
-    text = table.read_text()
+    text = table.read_text(encoding="utf-8")
     assert text.startswith(output.split("\n\n")[0])
     assert "Made by `python -m lab.bench --vocab_size=20 " in text and "dtype " in text
 
@@ -157,7 +162,7 @@ def commits(tmp_path):
     for folder, texts in files.items():
         for name, text in texts.items():
             (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / folder / name).write_text(text)
+            (tmp_path / folder / name).write_text(text, encoding="utf-8")
     return tmp_path / "old", tmp_path / "new"
 
 
@@ -198,7 +203,7 @@ def test_the_worker_drives_this_commit(monkeypatch, capsys):
 def test_a_commit_that_fails_is_named(commits, monkeypatch):
     old, new = commits
     monkeypatch.setattr(before, "ROOT", new)
-    (old / "bench.py").write_text("raise SystemExit")
+    (old / "bench.py").write_text("raise SystemExit", encoding="utf-8")
     with pytest.raises(before.UserError, match=f"training none 4 failed in {old}"):
         before.measure(TINY, old)
 

@@ -208,7 +208,7 @@ def command(*args, seed="random"):
         cwd=ROOT,
         env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
 

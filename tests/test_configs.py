@@ -410,7 +410,7 @@ def test_a_config_file_that_is_not_here_is_the_one_beside_train_py(tmp_path, mon
     done = call_script("compare.py", "configs/rope.py", "none", "--common=configs/gpt2.py", "--n_head=5")
     assert done.stderr == "compare.py: n_embd (768) must be a multiple of n_head (5)\n"  # both of the files were read
     Path("configs").mkdir()
-    Path("configs/rope.py").write_text("n_layer = 9\n")
+    Path("configs/rope.py").write_text("n_layer = 9\n", encoding="utf-8")
     assert merged(["configs/rope.py"])[1] == {"n_layer": 9}
 
 
@@ -667,7 +667,7 @@ def test_encodings_compose_with_all_other_shipped_files():
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(call_script, tmp_path, arguments, said):
-    (tmp_path / "mine.py").write_text("n_head = 2\nn_layers = 2\n")
+    (tmp_path / "mine.py").write_text("n_head = 2\nn_layers = 2\n", encoding="utf-8")
     done = call_script("train.py", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(said + "\n", done.stderr)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import http.server
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import pytest
 import data
 from core.errors import UserError
 from core.settings import Config
-from data import download, fineweb, ptb, python, shakespeare, text, vocabulary, wikitext2
+from data import download, fineweb, folders, ptb, python, shakespeare, text, vocabulary, wikitext2
 
 ROOT = Path(data.__file__).parent.parent
 END = 256  # the end-of-text token of the bytes
@@ -174,9 +176,108 @@ def test_files_are_documents_and_empty_or_hidden_ones_are_none(tmp_path):
     assert sorted(train + val) == sorted(contents.values()) and len(val) == 4
 
 
+def split_of(folder, sizes, tmp_path):
+    """Texts of so many characters, by name, in a folder -> the Dataset of it."""
+    folder.mkdir(exist_ok=True)
+    for name, size in sizes.items():
+        (folder / name).write_text((f"{name} " * size)[:size], encoding="utf-8")
+    return open_dataset(config_of(tmp_path, folder))
+
+
+def test_a_tenth_is_held_out_by_size_not_by_number(tmp_path):
+    """Whole files where they come near it, else the end of every file."""
+    generator, near = np.random.default_rng(0), []
+    for number, sizes in enumerate(
+        [
+            {f"{n:02}": 100 for n in range(20)} | {"big": 40000},  # the small ones are no tenth of it
+            {f"{n:02}": 1000 for n in range(27)} | {f"tiny{n}": 6 for n in range(3)},
+            {f"{n:02}": int(size) for n, size in enumerate(generator.lognormal(6, 1.5, size=60)) if size >= 2},
+        ]
+    ):
+        opened = split_of(tmp_path / str(number), sizes, tmp_path)
+        train, val = texts(opened, "train"), texts(opened, "val")
+        assert sum(map(len, train + val)) == sum(sizes.values())
+        assert 0.075 <= sum(map(len, val)) / sum(sizes.values()) <= 0.125
+        near.append(len(train) + len(val) == len(sizes))
+    assert near == [False, True, True]
+
+
+def test_copies_of_a_document_stand_on_one_side(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for n in range(120):
+        (tmp_path / "folder" / f"{n:03}.txt").write_text(f"document {n % 40}\n" * (n % 40 + 1), encoding="utf-8")
+    opened = open_dataset(config_of(tmp_path, tmp_path / "folder"))
+    train, val = texts(opened, "train"), texts(opened, "val")
+    assert len(train) + len(val) == 120 and not {*train} & {*val} and {*map(val.count, val)} == {3}
+
+
+def test_what_programs_of_ours_wrote_hidden_files_and_null_bytes_are_no_text(tmp_path, monkeypatch, capsys):
+    """And they change nothing: a run in the midst of its own corpus goes on."""
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("a note\n" * 99, encoding="utf-8")
+    Path("table.bin").write_bytes(b"a\0b" * 99)
+    config = config_of(tmp_path, ".", data_dir="data")
+    before = open_dataset(config)
+    said = capsys.readouterr().err
+    assert (
+        "left out: folders of runs and tokens (1), files that are no text (1); the first: table.bin holds null bytes"
+        in said
+    )
+    for name in ("out/run/ckpt.pt", "out/run/config.json", "out/new/train.lock", "data/raw/play.txt", ".cache/x/y",
+                 "out/all/logs/train.lock", "out/all/results.md", "out/all/results.json", "copy/train.bin",
+                 "copy/meta.json", ".hidden", "data/tokens/killed.part/train.bin"):  # fmt: skip
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("not a note", encoding="utf-8")
+    assert open_dataset(config).folder == before.folder
+    assert b"".join(texts(before, "train") + texts(before, "val")) == b"a note\n" * 99
+    _, left_out = text.found(config)
+    assert left_out == {"folders of runs and tokens": 6, "hidden files and folders": 2}
+    Path("run").mkdir()
+    for own in ("out/run", "run"):
+        assert "--out_dir" in mistake(config_of(tmp_path, own, out_dir="run"))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert f"{tmp_path}/pipe is a pipe or a device" in mistake(config_of(tmp_path, tmp_path / "pipe"))
+    assert "/dev/null is a pipe or a device" in mistake(config_of(tmp_path, "/dev/null"))
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    (tmp_path / "folder" / "a.txt").write_text("text " * 99, encoding="utf-8")
+    open_dataset(config_of(tmp_path, tmp_path / "folder"))
+
+
+def test_files_whose_names_are_not_utf8_are_read(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff.txt")).write_text("text " * 99, encoding="utf-8")
+    (folder / os.fsdecode(b"\xfe.txt")).write_bytes(b"\xff")
+    stderr = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace", write_through=True)  # as Python's is
+    monkeypatch.setattr(sys, "stderr", stderr)
+    open_dataset(config_of(tmp_path, folder))
+    assert b"\\udcfe.txt is not UTF-8 text" in stderr.buffer.getvalue()
+
+
+def test_a_file_is_read_in_pieces_that_cut_no_character(tmp_path, monkeypatch):
+    content = "naïve 日本語 👍\r\n\ufeff" * 3
+    file = tmp_path / "text.txt"
+    file.write_text(content, newline="", encoding="utf-8")
+    for block in (1, 2, 3, 7):
+        monkeypatch.setattr(text, "BLOCK", block)
+        assert text.read(file) == content
+        for begin, end in ((0, 5), (5, 20), (20, None), (7, 7)):
+            assert "".join(text.pieces(file, begin, end)) == content[begin:end]
+    file.write_bytes("日本語".encode() + b"\xe9\x20")
+    for block in (1, 4, 100):
+        monkeypatch.setattr(text, "BLOCK", block)
+        assert "byte 9: invalid continuation" in mistake(config_of(tmp_path, file))
+    file.write_bytes(b"ab\xe6\x97")
+    assert "byte 2: unexpected end" in mistake(config_of(tmp_path, file))
+
+
 def test_each_of_a_few_files_gives_its_end_to_validation(tmp_path):
     for name in "abc":
-        (tmp_path / name).write_text(name * 200)
+        (tmp_path / name).write_text(name * 200, encoding="utf-8")
     listed = config_of(tmp_path, "replaced")
     listed.text = [str(tmp_path / name) for name in "cab"]
     opened = open_dataset(listed)
@@ -187,8 +288,8 @@ def test_each_of_a_few_files_gives_its_end_to_validation(tmp_path):
 
 def test_a_part_without_text_is_no_document(tmp_path):
     """One letter is too short to be cut: all of it is validation's."""
-    (tmp_path / "a").write_text("a" * 100)
-    (tmp_path / "b").write_text("b")
+    (tmp_path / "a").write_text("a" * 100, encoding="utf-8")
+    (tmp_path / "b").write_text("b", encoding="utf-8")
     config = config_of(tmp_path, "replaced")
     config.text = [str(tmp_path / "a"), str(tmp_path / "b")]
     opened = open_dataset(config)
@@ -196,7 +297,7 @@ def test_a_part_without_text_is_no_document(tmp_path):
 
 
 def test_meta_tells_what_is_in_the_folder(dataset):
-    meta = json.loads((dataset.folder / "meta.json").read_text())
+    meta = json.loads((dataset.folder / "meta.json").read_text(encoding="utf-8"))
     assert sorted(file.name for file in dataset.folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     assert meta["tokenizer"] == "bytes" and meta["vocab_size"] == 257
     for split in ("train", "val"):
@@ -257,8 +358,8 @@ def test_every_tokenizer_gets_its_own_folder(tmp_path, corpus, dataset):
 
 
 def change_meta(folder, **changes):
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | changes))
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    (folder / "meta.json").write_text(json.dumps(meta | changes), encoding="utf-8")
 
 
 def put_id(file, index, value):
@@ -284,8 +385,8 @@ DAMAGE = {
     "meta cut short": lambda folder: os.truncate(folder / "meta.json", 40),
     "meta empty": lambda folder: os.truncate(folder / "meta.json", 0),
     "meta not UTF-8": lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe{}"),
-    "meta a list": lambda folder: (folder / "meta.json").write_text("[]"),
-    "meta an empty dict": lambda folder: (folder / "meta.json").write_text("{}"),
+    "meta a list": lambda folder: (folder / "meta.json").write_text("[]", encoding="utf-8"),
+    "meta an empty dict": lambda folder: (folder / "meta.json").write_text("{}", encoding="utf-8"),
     "counts missing": lambda folder: change_meta(folder, tokens=None),
     "count of one split missing": lambda folder: change_meta(
         folder, tokens={"train": (folder / "train.bin").stat().st_size // 2}
@@ -318,18 +419,85 @@ def test_damaged_token_files_are_named_or_made_again(tmp_path, corpus, dataset, 
     assert {file: file.read_bytes() for file in files_below(dataset.folder)} == good
 
 
+def unsealed(folder):
+    """The folder as it was written before there was a seal."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    del meta["seal"]
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_no_flipped_bit_of_a_token_folder_is_used(tmp_path, corpus, dataset, sealed):
+    tokenizer, generator = vocabulary.load("bytes"), np.random.default_rng(0)
+    if not sealed:
+        unsealed(dataset.folder)
+    reader = tokenizer, vocabulary.fingerprint(tokenizer)
+    folders.check(dataset.folder, *reader)
+    for file in files_below(dataset.folder):
+        good = file.read_bytes()
+        for bit in generator.integers(8 * len(good), size=100):
+            damaged = bytearray(good)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match="is damaged"):
+                folders.check(dataset.folder, *reader)
+        file.write_bytes(good)
+    folders.check(dataset.folder, *reader)
+
+
+def test_tokens_that_are_too_many_for_every_start_are_read_when_their_file_has_changed(dataset, monkeypatch):
+    monkeypatch.setattr(folders, "WHOLE", 0)
+    checksum_of, read, tokens, meta = folders.checksum_of, [], *(dataset.folder / n for n in ("train.bin", "meta.json"))
+    monkeypatch.setattr(folders, "checksum_of", lambda folder: read.append(folder) or checksum_of(folder))
+    os.utime(meta, ns=(0, tokens.stat().st_mtime_ns + 10**9))
+    folders.check(dataset.folder)
+    assert read == []
+    os.utime(tokens, ns=(0, meta.stat().st_mtime_ns))
+    folders.check(dataset.folder)
+    os.utime(meta, ns=(0, meta.stat().st_mtime_ns + 10**9))
+    folders.check(dataset.folder)
+    assert len(read) == 1
+    folders.check(dataset.folder, whole=True)
+    assert len(read) == 2
+    put_id(tokens, 5, 255)
+    os.utime(tokens, ns=(0, meta.stat().st_mtime_ns + 10**9))
+    with pytest.raises(UserError, match="not those that were written"):
+        folders.check(dataset.folder)
+
+
+def test_folders_are_checked_wholly_when_asked(tmp_path, dataset, call_script):
+    done = call_script("data/check.py")
+    assert done.returncode == 0 and done.stdout.startswith(f"data/tokens/{dataset.folder.name}: 792 tokens")
+    put_id(dataset.folder / "val.bin", 5, 255)
+    done = call_script("data/check.py", dataset.folder)
+    assert done.returncode == 2 and f"{dataset.folder} is damaged" in done.stderr and done.stderr.count("\n") == 1
+    done = call_script("data/check.py", f"--data_dir={tmp_path}/other")
+    assert done.returncode == 2 and f"no token folders in {tmp_path}/other/tokens" in done.stderr
+
+
+def test_a_folder_of_an_earlier_version_stays_in_use(tmp_path, corpus, monkeypatch):
+    versions = data.VERSIONS
+    monkeypatch.setattr(data, "VERSIONS", versions[:1])
+    before = open_dataset(config_of(tmp_path, corpus))
+    unsealed(before.folder)
+    monkeypatch.setattr(data, "VERSIONS", versions)
+    assert open_dataset(config_of(tmp_path, corpus)).folder == before.folder
+    shutil.rmtree(before.folder)
+    assert open_dataset(config_of(tmp_path, corpus)).folder != before.folder
+
+
 # Preparations that do not come to their end.
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path):
-    (tmp_path / "a.txt").write_text("good text\n" * 99)
+    (tmp_path / "a.txt").write_text("good text\n" * 99, encoding="utf-8")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9\n" * 99)
     config = config_of(tmp_path, "replaced")
     config.text = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     said = mistake(config)
     assert str(tmp_path / "b.txt") in said and "UTF-8" in said and "\n" not in said
-    assert list((tmp_path / "data" / "tokens").iterdir()) == []
-    (tmp_path / "b.txt").write_text("mended\n" * 99)
+    assert files_below(tmp_path / "data") == []
+    (tmp_path / "b.txt").write_text("mended\n" * 99, encoding="utf-8")
     opened = open_dataset(config)
     assert sum(map(len, texts(opened, "train") + texts(opened, "val"))) == 99 * (10 + 7)
 
@@ -355,22 +523,53 @@ data.open_dataset(config, vocabulary.load("bytes"))
     assert len(files_below(tmp_path / "data")) == 2  # it was killed between its first token and its last
     opened = open_dataset(config_of(tmp_path, corpus))
     assert b"".join(texts(opened, "train") + texts(opened, "val")) == corpus.read_bytes()
+    assert len(files_below(tmp_path / "data")) == 3  # and what the killed one left is gone
 
 
-def test_two_processes_that_prepare_at_once_agree(tmp_path, corpus, monkeypatch):
-    config, documents = config_of(tmp_path, corpus), text.documents
+def test_a_second_process_waits_for_the_one_that_prepares(tmp_path, corpus, monkeypatch, capsys):
+    config, documents, begun, go_on = config_of(tmp_path, corpus), text.documents, threading.Event(), threading.Event()
 
     def slow(config):
-        monkeypatch.setattr(text, "documents", documents)
-        faster.append(open_dataset(config))
+        begun.set()
+        assert go_on.wait(60)
         yield from documents(config)
 
-    faster, machines = [], iter(["slow", "fast"])
-    monkeypatch.setattr(data.platform, "node", lambda: next(machines))
     monkeypatch.setattr(text, "documents", slow)
-    opened = open_dataset(config)
-    assert opened.folder == faster[0].folder and np.array_equal(opened.train, faster[0].train)
-    assert [file.name for file in opened.folder.parent.iterdir()] == [opened.folder.name]
+    monkeypatch.setattr(folders.tqdm, "write", lambda line, file: go_on.set() if "waiting for it" in line else None)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(open_dataset, config)
+        assert begun.wait(60)
+        monkeypatch.setattr(text, "documents", lambda config: pytest.fail("prepared twice"))
+        second = open_dataset(config)
+        assert second.folder == first.result().folder and np.array_equal(second.train, first.result().train)
+    assert [file.name for file in second.folder.parent.iterdir() if file.name != folders.LOCK] == [second.folder.name]
+
+
+def test_all_files_are_on_the_disk_before_they_are_renamed_into_place(tmp_path, corpus, monkeypatch):
+    flushed, rename, fsync = set(), os.rename, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (flushed.add(os.fstat(number).st_ino), fsync(number)))
+
+    def check(source, target):
+        assert {path.stat().st_ino for path in (source, *source.iterdir())} <= flushed
+        renamed.append(target)
+        rename(source, target)
+
+    renamed = []
+    monkeypatch.setattr(os, "rename", check)
+    folder = open_dataset(config_of(tmp_path, corpus)).folder
+    assert renamed == [folder] and folder.parent.stat().st_ino in flushed  # and so is the folder's new name
+
+
+def test_a_text_that_changes_while_it_is_read_is_not_used(tmp_path, corpus, monkeypatch):
+    documents = text.documents
+
+    def changing(config):
+        yield from documents(config)
+        corpus.write_bytes(corpus.read_bytes() + b"more")
+
+    monkeypatch.setattr(text, "documents", changing)
+    assert "changed while it was read" in mistake(config_of(tmp_path, corpus))
+    assert files_below(tmp_path / "data") == []
 
 
 def test_a_disk_that_is_full_leaves_nothing(tmp_path, corpus, monkeypatch):
@@ -408,13 +607,13 @@ def test_text_of_nothing_but_empty_files_is_named(tmp_path):
 def test_a_binary_file_is_left_out_of_a_folder_and_refused_by_name(tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "a.txt").write_text("good text\n" * 99)
+    (folder / "a.txt").write_text("good text\n" * 99, encoding="utf-8")
     for name in ("b.png", "c.png"):
         (folder / name).write_bytes(b"good text, then \x89PNG\xff")
     opened = open_dataset(config_of(tmp_path, folder))
     assert b"".join(texts(opened, "train") + texts(opened, "val")) == b"good text\n" * 99
     said = capsys.readouterr().err
-    assert f"2 of its files left out; the first: {folder}/b.png is not UTF-8 text" in said
+    assert f"files that are no text (2); the first: {folder}/b.png is not UTF-8 text" in said
     config = config_of(tmp_path, folder)
     config.text = [str(folder / "a.txt"), str(folder / "c.png")]
     assert f"{folder}/c.png is not UTF-8 text" in mistake(config)
@@ -431,7 +630,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, corpus, monkeypatch):
 
 def test_text_must_be_longer_than_a_window(tmp_path):
     file = tmp_path / "text.txt"
-    file.write_text("x" * 100)  # 10 go to validation; with the end of text 11 tokens, for inputs and one target more
+    file.write_bytes(b"x" * 100)  # 10 go to validation; with the end of text 11 tokens, for inputs and one target more
     assert open_dataset(config_of(tmp_path, file, train_length=10)).val.tolist() == [120] * 10 + [256]
     said = mistake(config_of(tmp_path, file, train_length=11))
     assert str(file) in said and "train_length" in said and "val" in said
@@ -449,12 +648,12 @@ def library(tmp_path, monkeypatch):
     for n in range(300):
         file = folder / ("email" if n % 3 else "") / f"module_{n}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"x = {n}\n")
+        file.write_text(f"x = {n}\n", encoding="utf-8")
     for name in ("site-packages", "test", "email/tests", "encodings", "idlelib/idle_test", "lib2to3/tests/data"):
         (folder / name).mkdir(parents=True)
-        (folder / name / "left_out.py").write_text("left_out = True\n")
+        (folder / name / "left_out.py").write_text("left_out = True\n", encoding="utf-8")
     (folder / "empty.py").touch()
-    (folder / "notes.txt").write_text("left_out\n")
+    (folder / "notes.txt").write_text("left_out\n", encoding="utf-8")
     packages = str(folder / "site-packages")
     paths = {"stdlib": str(folder), "purelib": packages, "platlib": packages}
     monkeypatch.setattr(python.sysconfig, "get_paths", lambda: paths)
@@ -468,11 +667,18 @@ def test_python_splits_by_file(tmp_path, library):
     assert not set(train) & set(val) and 10 <= len(val) <= 60
 
 
+def test_a_copy_of_a_module_goes_where_the_module_went(library):
+    for file in list(library.rglob("module_*.py")):
+        file.with_name(f"copy_of_{file.name}").write_bytes(file.read_bytes())
+    found = list(python.documents(Config()))
+    assert len(found) == 600 and len({*found}) == 300
+
+
 def test_a_module_stays_in_its_split_when_others_come_and_go(library):
     before = {content: split for split, content in python.documents(Config())}
     for n in range(0, 300, 2):
         next(library.rglob(f"module_{n}.py")).unlink()
-    (library / "new.py").write_text("new = True\n")
+    (library / "new.py").write_text("new = True\n", encoding="utf-8")
     after = {content: split for split, content in python.documents(Config())}
     assert len(after) == 151 and all(before.get(content, split) == split for content, split in after.items())
 
@@ -482,7 +688,7 @@ def test_packages_add_their_source_and_nothing_else(tmp_path, library):
     (packages / "left_out.py").unlink()
     for name in ("one/__init__.py", "one/inner/core.py", "one/tests/test_core.py", "one/_vendor/two.py"):
         (packages / name).parent.mkdir(parents=True, exist_ok=True)
-        (packages / name).write_text(f"name = '{name}'\n")
+        (packages / name).write_text(f"name = '{name}'\n", encoding="utf-8")
     (packages / "one" / "latin.py").write_bytes(b"# caf\xe9\n")
     plain, more = config_of(tmp_path), config_of(tmp_path, packages=True)
     before, after = open_dataset(plain), open_dataset(more)
@@ -490,7 +696,7 @@ def test_packages_add_their_source_and_nothing_else(tmp_path, library):
     added = {*texts(after, "train"), *texts(after, "val")} - {*texts(before, "train"), *texts(before, "val")}
     assert added == {b"name = 'one/__init__.py'\n", b"name = 'one/inner/core.py'\n"}
     assert python.signature(plain) == [(file.name, file.stat().st_size) for file in python.stdlib_files()]
-    (packages / "new.py").write_text("new = True\n")
+    (packages / "new.py").write_text("new = True\n", encoding="utf-8")
     assert open_dataset(plain).folder == before.folder and open_dataset(more).folder != after.folder
 
 

@@ -11,25 +11,25 @@ from model import GPT, GPTConfig
 
 
 def test_the_command_puts_runs_side_by_side(trained, learned, call_script, tmp_path):
-    (tmp_path / "page.md").write_text("before\n<!-- evaluate -->\nstale\n<!-- /evaluate -->\nafter\n")
+    (tmp_path / "page.md").write_text("before\n<!-- evaluate -->\nstale\n<!-- /evaluate -->\nafter\n", encoding="utf-8")
     flags = [f"--table={tmp_path}/page.md", f"--picture={tmp_path}/curves.png", "--targets=4"]
     done = call_script("evaluate.py", trained, learned, *flags)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert page.startswith("before\n<!-- evaluate -->\n| nats per token, 4 windows | 0.5 T | 1 T | 1.12 T |")
     assert page.endswith(".\n<!-- /evaluate -->\nafter\n")
     assert "stale" not in page
     assert page.count("no position") == 7
     assert "Made by `python evaluate.py" in page
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((learned / "length.json").read_text())["lengths"] == [8, 16]
+    assert json.loads((learned / "length.json").read_text(encoding="utf-8"))["lengths"] == [8, 16]
 
 
 def test_several_encodings_of_one_run_share_a_table(trained, call_script, tmp_path):
     ways = ["--posenc=rope", '--posenc=rope(scaling="linear", factor=2)', "--posenc=none"]
     done = call_script("evaluate.py", trained, *ways, "--lengths=[8, 16, 48]", "--targets=4", "--out_dir=reach")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "reach" / "results.json").read_text())["runs"]
+    found = json.loads((tmp_path / "reach" / "results.json").read_text(encoding="utf-8"))["runs"]
     assert list(found) == ["rope", 'rope(scaling="linear", factor=2)', "none"]
     for way, result in found.items():
         alone = call_script("evaluate.py", trained, f"--posenc={way}", "--lengths=[8, 16, 48]", "--targets=4")
@@ -64,7 +64,9 @@ def test_a_row_names_the_scaling_that_stays_in_force(trained, tmp_path):
 
 
 def test_a_text_may_be_shorter_than_the_training_length_where_lengths_are(trained, call_script, tmp_path):
-    (tmp_path / "short.txt").write_text("line 7 says that 7 times 7 is 49.\n" * 4)  # 13 tokens held out, and T is 16
+    (tmp_path / "short.txt").write_text(
+        "line 7 says that 7 times 7 is 49.\n" * 4, encoding="utf-8"
+    )  # 13 tokens held out, and T is 16
     flags = [f"--data={tmp_path}/short.txt", "--targets=1"]
     assert "too short" in call_script("evaluate.py", trained, *flags).stderr
     done = call_script("evaluate.py", trained, *flags, "--lengths=[4, 8]")

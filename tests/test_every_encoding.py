@@ -27,6 +27,7 @@ SCHEDULES = {
     "convolutions": {"posenc": "rope", "short_conv": True, "learn_qk_scale": True, "gate": "softplus"},
 }
 ALL = [*TRAINED, *SCHEDULES]
+FAST = [*ENCODINGS, "windows", "gates"]
 T = 16
 
 
@@ -60,7 +61,9 @@ def gradients(model, loss):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("spec", [*ENCODINGS, *SCHEDULES])
+@pytest.mark.parametrize(
+    "spec", [spec if spec in FAST else pytest.param(spec, marks=pytest.mark.slow) for spec in (*ENCODINGS, *SCHEDULES)]
+)
 def test_it_learns_in_bfloat16_and_resumes_exactly(spec, corpus, tmp_path, call_script, monkeypatch):
     """30 steps, and the last 15 of them once more from the checkpoint between, end in the same bits."""
     monkeypatch.setattr(runs.Log, "draw", lambda log: None)
@@ -105,9 +108,11 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
         assert nearly(torch.load(tmp_path / f"{index}.pt"), expected), spec
 
 
-@pytest.mark.parametrize(
-    "spec", [spec if spec in ENCODINGS else pytest.param(spec, marks=pytest.mark.slow) for spec in ALL]
-)
+# One of each kind: nothing, an addition to the embeddings, a bias, a rotation, logits, a memory.
+FEW = ("none", "sinusoidal", "alibi", "rope", "fox", "transformer_xl", "windows")
+
+
+@pytest.mark.parametrize("spec", [spec if spec in FEW else pytest.param(spec, marks=pytest.mark.slow) for spec in ALL])
 def test_compiled_it_computes_the_same(spec):
     """Traced and differentiated by torch.compile; the generated code itself is torch's to test."""
     tokens = torch.randint(50, (2, T + 1))

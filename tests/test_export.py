@@ -36,7 +36,7 @@ TEXTS = [
     "It's 12345 o'clock;  they'LL say \"naïve café\" — 日本語 नमस्ते 👩‍👩‍👧 e\u0301.\r\n\r\n\tx\n \n  ",
     "\u00a0\u2028\u200b\ufeff\x00\x7f 'ſ ﬀ Ⅷ ½ ١٢٣ \U0001f1e9\U0001f1ea",
     "supercalifragilistic" * 20,
-    (ROOT / "model.py").read_text()[:20000],
+    (ROOT / "model.py").read_text(encoding="utf-8")[:20000],
     "".join(random.Random(0).choices("abe ll ve\n\t_.1é日K'\r\u00a0\u0301👩‍", k=5000)),
 ]  # fmt: skip
 
@@ -61,7 +61,7 @@ def save(folder, tokens="bytes", **settings):
 
 
 def written(folder):
-    return json.loads((folder / "config.json").read_text())
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def check(model, folder, lengths=(5, T, 3 * T)):
@@ -205,7 +205,7 @@ def test_a_run_from_a_published_model_keeps_its_tokenizer(settings, tmp_path):
     runs.save(tmp_path / "tuned", runs.CKPT, state | {"config": runs.plain(config)})
     export.main([str(tmp_path / "tuned"), str(tmp_path / "again")])
     assert written(tmp_path / "again")["model_type"] == ("qwen2" if settings else "llama")
-    assert (tmp_path / "again/tokenizer.json").read_text() == (tmp_path / "there/tokenizer.json").read_text()
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "there/tokenizer.json").read_bytes()
     check(runs.open_run(tmp_path / "run").model, tmp_path / "again")
 
 
@@ -253,8 +253,8 @@ def test_numbers_and_disks_have_ends(trained, tmp_path, call_script, monkeypatch
 
 def test_a_folder_with_something_in_it_is_left_alone(trained, tmp_path, call_script):
     (tmp_path / "there").mkdir()
-    (tmp_path / "there/notes.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "there/notes.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     for name in ("there", "file"):
         done = call_script("hub/export.py", trained, name)
         assert (done.returncode, done.stderr) == (2, f"export.py: {name} holds something already; name a new folder\n")
@@ -266,9 +266,9 @@ def test_a_folder_with_something_in_it_is_left_alone(trained, tmp_path, call_scr
 
 def test_what_lies_beside_the_folder_is_not_touched(trained, tmp_path, call_script):
     (tmp_path / "there.part").mkdir()
-    (tmp_path / "there.part/notes.txt").write_text("mine")
+    (tmp_path / "there.part/notes.txt").write_text("mine", encoding="utf-8")
     assert call_script("hub/export.py", trained, "there").returncode == 0
-    assert (tmp_path / "there.part/notes.txt").read_text() == "mine"
+    assert (tmp_path / "there.part/notes.txt").read_text(encoding="utf-8") == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"there", "there.part"}
 
 
@@ -277,7 +277,8 @@ def test_a_killed_export_leaves_no_folder_and_the_next_one_removes_its_litter(tr
         "import os, signal, sys\n"
         "from hub import export\n"
         "export.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "export.main(sys.argv[1:])\n"
+        "export.main(sys.argv[1:])\n",
+        encoding="utf-8",
     )
     folder = tmp_path / "a" / "there"
     killed = finish([sys.executable, tmp_path / "kill.py", trained, folder])

@@ -33,10 +33,10 @@ def write_half(path, error):
 def test_an_exception_leaves_what_was_there(tmp_path, error):
     for path in (tmp_path / "new", tmp_path / "old"):
         if path.name == "old":
-            path.write_text("whole")
+            path.write_text("whole", encoding="utf-8")
         with pytest.raises(error):
             write_half(path, error)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "whole")]
+    assert [(path.name, path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()] == [("old", "whole")]
 
 
 def test_text_is_utf8_wherever_it_is_written(tmp_path):
@@ -78,14 +78,14 @@ def test_a_line_that_a_full_disk_cuts_short_is_taken_back(tmp_path, monkeypatch)
             files.append(path, "two\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error.value.filename == str(path) and path.read_text() == "one\n"
+    assert error.value.filename == str(path) and path.read_text(encoding="utf-8") == "one\n"
 
 
 def test_what_is_set_aside_replaces_nothing(tmp_path):
     for content in ("first", "second"):
-        (tmp_path / "x.json").write_text(content)
+        (tmp_path / "x.json").write_text(content, encoding="utf-8")
         files.set_aside(tmp_path / "x.json")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {
         "x.json.damaged": "first", "x.json.damaged1": "second",
     }  # fmt: skip
 
@@ -101,12 +101,12 @@ def test_a_damaged_json_file_is_set_aside_with_a_line(tmp_path, content, capsys)
 
 
 def test_a_file_keeps_its_mode_and_a_link_stays_one(tmp_path):
-    (tmp_path / "page.md").write_text("old")
+    (tmp_path / "page.md").write_text("old", encoding="utf-8")
     (tmp_path / "page.md").chmod(0o600)
     (tmp_path / "link.md").symlink_to("page.md")
     with files.atomic(tmp_path / "link.md") as file:
         file.write("new")
-    assert (tmp_path / "link.md").is_symlink() and (tmp_path / "page.md").read_text() == "new"
+    assert (tmp_path / "link.md").is_symlink() and (tmp_path / "page.md").read_text(encoding="utf-8") == "new"
     assert (tmp_path / "page.md").stat().st_mode & 0o777 == 0o600
 
 

@@ -43,7 +43,7 @@ def test_the_command_trains_measures_and_writes_the_page_and_goes_on_from_there(
     words = ["lab/gallery.py", *flags, f"--runs_dir={tmp_path}/runs", f"--docs={tmp_path}"]
     done = call_script(*words)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "encodings.md").read_text()
+    page = (tmp_path / "encodings.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
     assert rows[0] == [
         "encoding", "parameters", "training speed / none", "decoding at 16 T, ms/token",

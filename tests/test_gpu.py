@@ -71,7 +71,7 @@ def checkout(folder):
     (folder / "config").mkdir()
     for name in ("train.py", "configurator.py", "config/train_shakespeare_char.py"):
         (folder / name).touch()
-    (folder / "model.py").write_text(NANOGPT)
+    (folder / "model.py").write_text(NANOGPT, encoding="utf-8")
 
 
 def test_every_cell_has_a_figure(measured, tmp_path, capsys):

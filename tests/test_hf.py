@@ -259,13 +259,13 @@ def test_a_whole_file_goes_before_an_index_that_was_left_behind(tmp_path, plain)
     shard(folder)
     store(folder, tensors | {Q: tensors[Q] + 1})
     assert not torch.equal(check(folder, 24), theirs(oracle(plain["llama"]), [ids(24)]))
-    (folder / load.INDEX).write_text("{")
+    (folder / load.INDEX).write_text("{", encoding="utf-8")
     check(folder, 24)
 
 
 def test_a_tensor_in_two_files_is_that_of_the_file_which_the_index_names(tmp_path, plain):
     folder = copy(plain["llama"], tmp_path / "shards")
-    names, index = shard(folder), json.loads((folder / load.INDEX).read_text())["weight_map"]
+    names, index = shard(folder), json.loads((folder / load.INDEX).read_text(encoding="utf-8"))["weight_map"]
     for name in names:
         if index[Q] != name:
             store(folder, safetensors.load_file(folder / name) | {Q: torch.ones(48, 48)}, name)
@@ -430,11 +430,11 @@ ENDS = [  # eos_token_id in config.json, and in generation_config.json -> all of
 @pytest.mark.parametrize(("config", "generation", "ends"), ENDS)
 def test_every_token_that_ends_a_text_comes_along_into_the_run_and_out_again(tmp_path, plain, config, generation, ends):
     folder = copy(plain["llama"], tmp_path / "published", eos_token_id=config)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}), encoding="utf-8")
     assert vocabulary.load(f"hf:{folder}").ends == ends
     run = runs.find(f"hf:{folder}").parent
     said = ends if ends[1:] else ends[0]
-    assert json.loads((run / "tokenizer_config.json").read_text()) == {"eos_token_id": said}
+    assert json.loads((run / "tokenizer_config.json").read_text(encoding="utf-8")) == {"eos_token_id": said}
     export.main([str(run), "exported"])
     shutil.rmtree(folder)
     tuned = tmp_path / "tuned"
@@ -444,7 +444,7 @@ def test_every_token_that_ends_a_text_comes_along_into_the_run_and_out_again(tmp
     for name in (str(tuned / "tokenizer.json"), "hf:exported"):
         tokenizer = vocabulary.load(name)
         assert (tokenizer.ends, tokenizer.eot_token) == (ends, ends[0])
-    assert json.loads(Path("exported/config.json").read_text())["eos_token_id"] == said
+    assert json.loads(Path("exported/config.json").read_text(encoding="utf-8"))["eos_token_id"] == said
     assert oracle("exported").generation_config.eos_token_id == said
 
 
@@ -499,7 +499,7 @@ def test_tokenizers_differ_by_their_vocabulary(tmp_path, plain, llama2):
 def test_prepared_documents_begin_and_end(tmp_path, llama2):
     for name in ("a", "b"):
         (tmp_path / "texts").mkdir(exist_ok=True)
-        (tmp_path / "texts" / f"{name}.txt").write_text(f"line {name} says " * 90)
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"line {name} says " * 90, encoding="utf-8")
     run = runs.open_run(f"hf:{llama2}")
     run.config.dataset, run.config.text, run.config.data_dir = "text", str(tmp_path / "texts"), str(tmp_path / "data")
     dataset = data.open_dataset(run.config, run.tokenizer)
@@ -661,7 +661,7 @@ def test_a_published_model_becomes_a_run_folder_once(tmp_path, bpe, capsys, monk
     assert (run.parent, run.name[:-8]) == (load.OUT, "tiny-")
     names = ["ckpt.pt", "config.json", "source.json", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(path.name for path in run.iterdir()) == names
-    assert json.loads((run / "config.json").read_text())["tokenizer"] == "tokenizer.json"
+    assert json.loads((run / "config.json").read_text(encoding="utf-8"))["tokenizer"] == "tokenizer.json"
     state = runs.load(run)
     assert {weight.dtype for weight in state["model"].values()} == {torch.bfloat16}  # as published
     monkeypatch.setattr(load, "convert", None)
@@ -737,11 +737,11 @@ def test_what_else_lies_in_its_folder_stays_when_the_source_changes(tmp_path, pl
     source = copy(plain["llama"], tmp_path / "source")
     folder = runs.find(f"hf:{source}").parent
     (folder / "reach").mkdir()
-    (folder / "reach/results.json").write_text("{}")
-    before = (folder / runs.SOURCE).read_text()
+    (folder / "reach/results.json").write_text("{}", encoding="utf-8")
+    before = (folder / runs.SOURCE).read_text(encoding="utf-8")
     os.utime(source / "config.json", (1, 1))
     assert runs.find(f"hf:{source}").parent == folder
-    assert (folder / runs.SOURCE).read_text() != before
+    assert (folder / runs.SOURCE).read_text(encoding="utf-8") != before
     assert {path.name for path in folder.iterdir()} == {
         "reach", "ckpt.pt", "config.json", "tokenizer.json", "tokenizer_config.json", runs.SOURCE,
     }  # fmt: skip
@@ -755,7 +755,8 @@ def test_a_kill_while_it_is_made_leaves_nothing_that_is_used(tmp_path, plain):
         "    file.write(b'PK')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "torch.save = half\n"
-        "runs.find(sys.argv[1])\n"
+        "runs.find(sys.argv[1])\n",
+        encoding="utf-8",
     )
     name = f"hf:{plain['llama']}"
     killed = finish([sys.executable, tmp_path / "kill.py", name], cwd=tmp_path)
@@ -827,7 +828,9 @@ def test_what_is_put_before_a_text_is_read_and_not_printed(llama2, call_script):
 
 def test_a_published_model_is_evaluated(tmp_path, plain, bpe, llama2, call_script, monkeypatch):
     monkeypatch.setattr(report, "lines", lambda *_, **__: None)  # pictures are drawn in other tests
-    (tmp_path / "text.txt").write_text("".join(f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(300)))
+    (tmp_path / "text.txt").write_text(
+        "".join(f"line {n} says that {n} times {n} is {n * n}.\n" for n in range(300)), encoding="utf-8"
+    )
     for folder in (plain["llama"], save(tmp_path / "gpt2", bpe, "gpt2"), llama2):
         flags = ["--data=text.txt", "--targets=2", "--train_length=16", "--data_dir=data"]
         done = call_script("evaluate.py", f"hf:{folder}", *flags, f"--out_dir=reach/{folder.name}")
@@ -861,7 +864,9 @@ def tuning(tmp_path, plain, corpus):
 def test_a_published_model_is_tuned_to_twice_its_length_goes_on_after_a_stop_and_moves(tmp_path, tuning, call_script):
     folder, out, flags = tuning
     process = start([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path)
-    while process.poll() is None and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+    while process.poll() is None and not (
+        (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text(encoding="utf-8")
+    ):
         time.sleep(0.005)
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()  # before the first step
     process.send_signal(signal.SIGTERM)
@@ -870,7 +875,7 @@ def test_a_published_model_is_tuned_to_twice_its_length_goes_on_after_a_stop_and
     assert 0 < stopped < TINY["max_steps"]
     done = call_script("train.py", *flags)
     assert done.returncode == 0, done.stderr
-    losses = [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").open()) if "loss" in line]
+    losses = [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").open("rb")) if "loss" in line]
     assert len(losses) == TINY["max_steps"] and losses[-1] < losses[0] - 1
     assert runs.read_json(out / "config.json")["tokenizer"] == "tokenizer.json"
     for gone in (folder, load.OUT):

@@ -186,7 +186,7 @@ def test_a_file_that_is_run_by_its_path_finds_the_package_core():
     code = "import sys; sys.path[0] = sys.argv[1]; import core.start, core.errors as found; print(found.__file__)"
     for folder in folders:
         words = [sys.executable, "-c", code, str(folder)]
-        said = subprocess.run(words, cwd=folder, env=ENV, capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(words, cwd=folder, env=ENV, capture_output=True, encoding="utf-8", check=True).stdout
         assert said.strip() == str(ROOT / "core" / "errors.py"), folder
 
 
@@ -196,7 +196,7 @@ def test_a_file_that_is_run_by_its_path_finds_the_package_core():
 )
 def test_a_command_runs_by_its_path_from_anywhere(file, tmp_path):
     words = [sys.executable, ROOT / file, "--help"]
-    done = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, encoding="utf-8", check=False)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: python ")
 
 
@@ -249,6 +249,6 @@ def test_every_text_file_is_utf8_whatever_the_locale():
         "open(f, 'rb'); f.open('wb'); f.read_text('utf-8'); subprocess.run(w); open(f, encoding='utf-8'); os.open(f, 1)"
     )
     assert all(says_utf8(node) for node in ast.walk(ast.parse(good)) if isinstance(node, ast.Call))
-    for file in SOURCES.values():
+    for file in (*SOURCES.values(), *(ROOT / "tests").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             assert not isinstance(node, ast.Call) or says_utf8(node), f"{file}:{node.lineno}: {ast.unparse(node)}"

@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 
 T = 32  # the training length of the tiny models
 SIZES = dict(n_embd=32, n_head=4, n_kv_head=4, head_dim=8, train_length=T)
-PAGE = (Path(__file__).parent.parent / "docs" / "mistakes.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "mistakes.md").read_text(encoding="utf-8")
 SECTIONS = [" ".join(section.split()) for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)]
 
 

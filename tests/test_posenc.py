@@ -301,7 +301,9 @@ def test_distances_stay_apart_in_a_model_in_bfloat16(spec):
 
 def test_the_class_in_the_readme_is_a_new_flag():
     source = re.search(
-        r"```python\n(import torch.*?)```", (Path(posenc.__file__).parent / "README.md").read_text(), re.DOTALL
+        r"```python\n(import torch.*?)```",
+        (Path(posenc.__file__).parent / "README.md").read_text(encoding="utf-8"),
+        re.DOTALL,
     )[1]
     exec(source, {})
     try:

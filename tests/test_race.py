@@ -13,6 +13,7 @@ import torch
 from core import runs
 from core.errors import UserError
 from core.settings import Config
+from data import vocabulary
 from lab.bench import decode, others, published, race, timing
 
 TEXT = "".join(chr(97 + n * n % 23) for n in range(4000))
@@ -53,10 +54,10 @@ for step in (10, 20):
 def checkout(tmp_path):
     folder = tmp_path / "theirs"
     (folder / "config").mkdir(parents=True)
-    (folder / "model.py").write_text(MODEL)
-    (folder / "train.py").write_text(TRAIN)
-    (folder / "configurator.py").write_text("")
-    (folder / "config" / "train_shakespeare_char.py").write_text("")
+    (folder / "model.py").write_text(MODEL, encoding="utf-8")
+    (folder / "train.py").write_text(TRAIN, encoding="utf-8")
+    (folder / "configurator.py").write_text("", encoding="utf-8")
+    (folder / "config" / "train_shakespeare_char.py").write_text("", encoding="utf-8")
     return folder
 
 
@@ -93,6 +94,7 @@ def stand_in(words, work):
         else:
             config = Config(vocab_size=257, n_layer=1, n_embd=16, n_head=2, train_length=64)
             state = {"model": runs.build(config).state_dict(), "config": runs.plain(config), "step": step}
+            state["tokenizer_fingerprint"] = vocabulary.fingerprint(vocabulary.load("bytes"))
         torch.save(state, work / f"{index}.pt")
         checkpoints[step] = float(index), work / f"{index}.pt"
     return checkpoints, 2.5
@@ -103,7 +105,7 @@ def test_the_race_prints_both_sides(timed, checkout, tmp_path, monkeypatch):
     monkeypatch.setattr(race, "timed", timed)
     monkeypatch.setattr(race, "fetch", lambda *_: checkout.parent / "text.txt")
     monkeypatch.setattr(race, "THEIRS", ["--max_iters=2000"])
-    (checkout.parent / "text.txt").write_text(TEXT)
+    (checkout.parent / "text.txt").write_text(TEXT, encoding="utf-8")
     flags = f"--text={checkout.parent}/text.txt --dataset=text --max_steps=4 --eval_interval=2 --checkpoint_interval=2"
     small = "--length_schedule={} --n_layer=1 --n_embd=16 --n_head=2 --train_length=64 --batch_size=2 --compile=false"
     monkeypatch.setattr(race, "OURS", {"trainshort": f"configs/shakespeare.py {flags} {small}"})
@@ -129,7 +131,7 @@ def test_a_process_is_timed_and_every_checkpoint_kept(checkout, tmp_path):
     assert 0 < checkpoints[10][0] <= checkpoints[20][0] <= seconds
     for step, (_, file) in checkpoints.items():
         assert torch.load(file, weights_only=True)["model"]["level"] == step / 10
-    script.write_text("raise SystemExit('the disk is full')")
+    script.write_text("raise SystemExit('the disk is full')", encoding="utf-8")
     with pytest.raises(UserError, match="failed: the disk is full"):
         race.timed([str(script)], tmp_path)
 

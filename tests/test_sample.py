@@ -146,7 +146,8 @@ def test_the_likeliest_token_stays_whatever_top_p_is():
 def test_a_run_that_is_not_finished_says_where_it_is(trained, call_script, tmp_path):
     for step, said in ((12, "run is at step 12 of 24\n"), (24, "")):
         (tmp_path / "run").mkdir(exist_ok=True)
-        torch.save(runs.load(trained) | {"step": step}, tmp_path / "run" / "ckpt.pt")
+        state = {key: value for key, value in runs.load(trained).items() if key != "optimizer"}
+        torch.save(state | {"step": step}, tmp_path / "run" / "ckpt.pt")
         for script, *flags in (("sample.py", "--tokens=1"), ("evaluate.py", "--targets=1", "--lengths=8")):
             done = call_script(script, "run", *flags)
             assert (done.returncode, done.stderr) == (0, said)

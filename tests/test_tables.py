@@ -71,23 +71,23 @@ def test_runs_of_two_lengths_share_their_columns():
 def test_write_table_leaves_the_rest_of_the_page_alone(tmp_path):
     page = tmp_path / "page.md"
     for between in ("", "| old |\n", "<!-- bench -->\n\n"):
-        page.write_text(f"before\n<!-- x -->\n{between}<!-- /x -->\nafter\n")
+        page.write_text(f"before\n<!-- x -->\n{between}<!-- /x -->\nafter\n", encoding="utf-8")
         report.write_table(page, "x", ["| \\1 |"], "python x.py", CPU)
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         assert text.startswith("before\n<!-- x -->\n| \\1 |\n\nMade by")
         assert text.endswith(".\n<!-- /x -->\nafter\n")
         assert "old" not in text
 
 
 def test_write_table_takes_a_name_as_it_is(tmp_path):
-    (tmp_path / "page.md").write_text("before\n<!-- c++ (2) -->\n<!-- /c++ (2) -->\n")
+    (tmp_path / "page.md").write_text("before\n<!-- c++ (2) -->\n<!-- /c++ (2) -->\n", encoding="utf-8")
     report.write_table(tmp_path / "page.md", "c++ (2)", ["| a |"], "python x.py", CPU)
-    assert (tmp_path / "page.md").read_text().startswith("before\n<!-- c++ (2) -->\n| a |\n")
+    assert (tmp_path / "page.md").read_text(encoding="utf-8").startswith("before\n<!-- c++ (2) -->\n| a |\n")
 
 
 def test_write_table_without_markers_is_the_whole_file(tmp_path):
     report.write_table(tmp_path / "new.md", "bench", ["| a |"], "python x.py", CPU, seed=3)
-    text = (tmp_path / "new.md").read_text()
+    text = (tmp_path / "new.md").read_text(encoding="utf-8")
     assert text.startswith("| a |\n\nMade by `python x.py`: seed 3, commit ")
 
 

@@ -330,7 +330,7 @@ def test_a_run_resumes_exactly_and_can_be_sampled_and_evaluated(learn, call_scri
     out, again = tmp_path / "run", tmp_path / "again"
     said = learn(out).stdout
     assert "endless training tokens (copy, bytes)" in said and "| exact match, 4 windows | 0.5 T | 1 T |" in said
-    length = json.loads((out / "length.json").read_text())
+    length = json.loads((out / "length.json").read_text(encoding="utf-8"))
     assert length["lengths"] == [8, 16, 24, 32, 48, 64] and len(length["exact"]) == len(length["loss"]) == 6
     assert length["step"] == 24 and "commit" in length
     assert metrics(out, "loss")[24] < metrics(out, "loss")[1] - 1
@@ -361,7 +361,7 @@ def test_passkey_leaves_a_map(learn, tmp_path):
     out = tmp_path / "run"
     learn(out, dataset="passkey", train_length=48, max_steps=4, batch_size=2)
     assert (out / "passkey.png").read_bytes().startswith(b"\x89PNG")
-    result = json.loads((out / "length.json").read_text())
+    result = json.loads((out / "length.json").read_text(encoding="utf-8"))
     assert np.array(result["map"]["exact"]).shape == (5, 6) == (5, len(result["lengths"]))
 
 

@@ -1,14 +1,17 @@
 """Tokenizers: bytes are the identity, fingerprints tell vocabularies apart, and what is missing says how to get it."""
 
 import os
+import random
 import re
 import string
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import tiktoken
+from tiktoken_ext import openai_public
 
 from core.errors import UserError
 from data import bpe, vocabulary
@@ -96,6 +99,54 @@ def test_a_file_is_a_tokenizer(tmp_path):
     tokenizer = vocabulary.load(str(path))
     assert tokenizer.encode_ordinary("lowlot,low") == [257, 256, *b"t,", 257]
     assert tokenizer.encode_single_token("<|endoftext|>") == 258 == tokenizer.n_vocab - 1
+
+
+# Pieces.
+
+
+def patterns(monkeypatch):
+    """Tokenizers by tiktoken's own regular expressions, over the shipped vocabulary."""
+    ranks = bpe.load(vocabulary.SHIPPED["bpe"])
+    for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(openai_public, loader, lambda *_, **__: ranks)
+    names = ("gpt2", "cl100k_base", "o200k_base")
+    return [vocabulary.make(name, getattr(openai_public, name)()["pat_str"], ranks) for name in names]
+
+
+def test_pieces_give_the_tokens_of_the_whole_text(monkeypatch):
+    signs = [
+        *" \n\n\t\r\x0c\x1c\x85\u00a0\u3000.,!?'_-/(=\"019½²Ⅷ१azXÉß日カ한ʰ𝒳",
+        "e\u0301",
+        "n\u200d",
+        "👩‍👩‍👧",
+        "'LL",
+        "\r\n",
+    ]
+    draw, letters = random.Random(0), "azXéЖ日ʰª𝒳"
+    tokenizers = [vocabulary.load("bytes"), vocabulary.load("bpe"), *patterns(monkeypatch)]
+    monkeypatch.setattr(vocabulary, "PIECE", 100)
+    for _ in range(50):
+        words = ["".join(draw.choices(signs, k=draw.randrange(20))) + draw.choice(letters) for _ in range(40)]
+        text = "".join(word + draw.choice(" \n") for word in words)
+        places = sorted(draw.sample(range(len(text)), 5))
+        parts = [text[begin:end] for begin, end in pairwise([0, *places, None])]
+        assert "".join(vocabulary.cut(text)) == text and [*vocabulary.cut(text)] == [*vocabulary.cut(parts)]
+        assert max(map(len, vocabulary.cut(text))) <= 100
+        for tokenizer in tokenizers:
+            assert vocabulary.encode(tokenizer, text) == tokenizer.encode_ordinary(text), tokenizer.name
+
+
+def test_a_million_spaces_pass_through_a_tokenizer(monkeypatch):
+    """They end tiktoken's regular expression of o200k_base with a panic, which is no Exception."""
+    text, tokenizer = " " * 1_000_000, patterns(monkeypatch)[-1]
+    assert tokenizer.decode_bytes(vocabulary.encode(tokenizer, text)) == text.encode()
+
+
+@pytest.mark.parametrize("sign", " a\n!1é")
+def test_a_text_of_one_sign_is_cut_and_loses_nothing(monkeypatch, sign):
+    monkeypatch.setattr(vocabulary, "PIECE", 100)
+    for tokenizer in (vocabulary.load("bytes"), vocabulary.load("bpe"), *patterns(monkeypatch)):
+        assert tokenizer.decode_bytes(vocabulary.encode(tokenizer, sign * 950)) == (sign * 950).encode()
 
 
 # Fingerprints.

@@ -31,12 +31,12 @@ def state(out, name="ckpt.pt"):
 
 
 def metrics(out, key):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {line["step"]: line[key] for line in lines if key in line}
 
 
 def lengths(out):
-    return json.loads((out / "length.json").read_text())
+    return json.loads((out / "length.json").read_text(encoding="utf-8"))
 
 
 def same(one, other):
@@ -65,7 +65,7 @@ def test_a_run_leaves_what_other_programs_read(trained, corpus):
         "train.lock",
     }
     assert names == expected
-    assert json.loads((out / "config.json").read_text())["n_embd"] == 32
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["n_embd"] == 32
     final = state(out)
     assert final["step"] == 24
     assert not any("_orig_mod" in name or name.startswith("module.") for name in final["model"])
@@ -85,13 +85,13 @@ def test_a_run_leaves_what_other_programs_read(trained, corpus):
 
 def test_a_finished_run_says_so_and_changes_nothing(trained, corpus):
     out = trained
-    before = (out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text()
+    before = (out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text(encoding="utf-8")
     again = run(corpus, out)
     assert "finished" in again.stdout
     assert ", float32\n" in again.stdout
     assert f"/sample.py {out} --tokens=128\n" in again.stdout  # a prompt of Python is for Python alone
     assert "%" not in again.stderr  # no progress where there is none to make
-    assert before == ((out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text())
+    assert before == ((out / "ckpt.pt").read_bytes(), (out / "metrics.jsonl").read_text(encoding="utf-8"))
 
 
 def test_sigkill_at_any_moment_loses_nothing(trained, corpus, tmp_path):
@@ -118,7 +118,9 @@ def test_sigkill_at_any_moment_loses_nothing(trained, corpus, tmp_path):
 
 
 def wait_for_a_step(process, out):
-    while process.poll() is None and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+    while process.poll() is None and not (
+        (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text(encoding="utf-8")
+    ):
         time.sleep(0.005)
 
 
@@ -346,17 +348,17 @@ def test_more_steps_under_a_length_schedule_are_refused_since_batches_would_come
 
 def test_a_damaged_metrics_file_is_set_aside_and_a_hole_is_said(copy, corpus):
     file = copy / "metrics.jsonl"
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     odd = ["[]", '{"loss": 1}', '{"step": "x"}', '{"step": 3, "loss": [1]}', "\0\0", '{"step": 1e999', '{"step": 1.5}']
-    file.write_text("\n".join(odd + lines) + "\n" + lines[-1][:20])
-    torn = file.read_text()
+    file.write_text("\n".join(odd + lines) + "\n" + lines[-1][:20], encoding="utf-8")
+    torn = file.read_text(encoding="utf-8")
     done = run(corpus, copy)
     assert f"{file} has 7 damaged lines; the others are kept: set aside as metrics.jsonl.damaged\n" in done.stderr
-    assert (copy / "metrics.jsonl.damaged").read_text() == torn
-    assert file.read_text().splitlines() == lines and "says nothing" not in done.stdout
+    assert (copy / "metrics.jsonl.damaged").read_text(encoding="utf-8") == torn
+    assert file.read_text(encoding="utf-8").splitlines() == lines and "says nothing" not in done.stdout
 
     holes = [line for line in lines if json.loads(line)["step"] not in (*range(3, 9), 24)]
-    file.write_text("\n".join(holes) + "\n")
+    file.write_text("\n".join(holes) + "\n", encoding="utf-8")
     said = run(corpus, copy).stdout
     for steps in ("2 and 9", "23 and 24"):
         assert said.count(f"{file} says nothing of the loss between steps {steps}\n") == 1
@@ -368,12 +370,12 @@ def test_a_damaged_metrics_file_is_set_aside_and_a_hole_is_said(copy, corpus):
 def test_odd_files_beside_the_checkpoint_never_stop_a_run(copy, corpus, capsys):
     """Whatever is in length.json and config.json."""
     for content in ("[]", '{"step": 24}', '{"step": 24, "lengths": 3, "train_length": 16}'):
-        (copy / "length.json").write_text(content)
+        (copy / "length.json").write_text(content, encoding="utf-8")
         assert not evaluate.is_closed(copy, 24)
         assert "length.json is damaged: set aside as length.json.damaged" in capsys.readouterr().err
-    (copy / "config.json").write_text(content)
+    (copy / "config.json").write_text(content, encoding="utf-8")
     run(corpus, copy)
-    assert evaluate.is_closed(copy, 24) and json.loads((copy / "config.json").read_text())["n_layer"] == 2
+    assert evaluate.is_closed(copy, 24) and json.loads((copy / "config.json").read_bytes())["n_layer"] == 2
 
 
 def test_a_record_is_written_after_its_picture_and_made_again_without_it(copy, corpus, monkeypatch, call_script):
@@ -450,7 +452,7 @@ def test_a_changed_corpus(copy, refuse):
 
 def test_a_folder_of_other_files(tmp_path, refuse):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("{}")
+    (tmp_path / "mine" / "config.json").write_text("{}", encoding="utf-8")
     refuse(tmp_path / "mine", "other files")
 
 
@@ -482,7 +484,7 @@ def test_a_second_run_into_the_same_folder(corpus, tmp_path, processes):
     first.wait()
     assert second.stderr.count("train.py: another process trains into") == 1
     assert processes > 1 or (second.returncode, second.stderr.count("\n"), second.stdout) == (2, 1, "")
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     run(corpus, out, max_steps=1)
     assert state(out)["step"] == 1

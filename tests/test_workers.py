@@ -61,10 +61,10 @@ def test_a_folder_whose_name_begins_with_a_dash_is_measured(start, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "-x").mkdir()
     (tmp_path / "-x" / "ckpt.pt").touch()
-    (tmp_path / "evaluate.py").write_text(SCRIPTS["say.py"])
+    (tmp_path / "evaluate.py").write_text(SCRIPTS["say.py"], encoding="utf-8")
     with pytest.raises(UserError, match="is not at step 3"):
         workers.measured(start(), Path("-x"), 3, "")
-    assert (tmp_path / "-x-reach.log").read_text().startswith("./-x --out_dir=-x/reach ")
+    assert (tmp_path / "-x-reach.log").read_text(encoding="utf-8").startswith("./-x --out_dir=-x/reach ")
 
 
 PARENT = f"""

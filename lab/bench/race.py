@@ -61,7 +61,8 @@ save = torch.save
 def keep(state, *where):
     step = state["step"] if "step" in state else state["iter_num"]
     if not list(Path(folder).glob(f"{step}-*")):
-        save({key: state[key] for key in ("model", "config", "model_args", "step") if key in state},
+        kept = ("model", "config", "model_args", "step", "tokenizer_fingerprint")
+        save({key: state[key] for key in kept if key in state},
              f"{folder}/{step}-{time.time() - began:.3f}.pt")
     save(state, *where)
 torch.save = keep
