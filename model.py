@@ -65,8 +65,7 @@ class GPTConfig:
         require_range(self, "above 0", "qk_scale")
         require(self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         require(self.n_head % self.kv_heads == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head")
-        each = min(self.n_layer, len(posenc.members(self.posenc)))
-        posenc.build(self.posenc, each, **self.sizes)  # ValueError for what cannot be built
+        posenc.check(self.posenc, self.n_layer, **self.sizes)
 
     @property
     def kv_heads(self):
@@ -256,8 +255,10 @@ class GPT(nn.Module):
         """Multiply the windows of all layers by a factor <= 1, until the next call. Training may let them grow."""
         self.sights = [sight.times(factor) for sight in self.trained_sights]
 
-    def redraw(self, length, seed):
-        """Before a training step on windows of `length` tokens: encodings with random positions draw them anew."""
+    def redraw(self, length, seed, windows=1.0):
+        """Before a training step on `length` tokens: encodings with random positions draw them anew, and the layers'
+        windows are narrowed by the factor `windows`."""
+        self.narrow(windows)
         for encoding in self.posenc:
             encoding.redraw(length, torch.Generator().manual_seed(seed), self.token.weight.device)
 

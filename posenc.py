@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.encoding import ENCODINGS, Encoding, along_heads
-from core.specs import build, derives, every, members, merge, parse, sights, tempers, title, written
+from core.specs import build, check, derives, every, members, merge, parse, sights, tempers, title, written
 
 # Import encodings and their language from here: this module has loaded all of them.
 __all__ = [
-    "ENCODINGS", "Encoding", "build", "derives", "every", "members", "merge", "parse", "sights", "tempers", "title",
+    "ENCODINGS", "Encoding", "build", "check", "derives", "every", "members", "merge", "parse", "sights", "tempers", "title",
     "written",
 ]  # fmt: skip
 

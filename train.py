@@ -136,8 +136,7 @@ def one_step(training):
 
     # Dropout and random positions are drawn from (seed, step) as well, so that a resumed run draws the same.
     torch.manual_seed(derive_seed(config.seed, step, place.rank))
-    model.redraw(length, derive_seed(config.seed, step))
-    model.narrow(config.window_factor(step))
+    model.redraw(length, derive_seed(config.seed, step), config.window_factor(step))
     model.train()
 
     # Forward and backward, one micro-batch after the other: gradients add up. Processes exchange them in the last
@@ -276,9 +275,8 @@ def validate(training, log, windows, token_bytes, rows):
 def save(training, name):
     """Write a checkpoint of that name into the run's folder: best.pt to read, ckpt.pt to go on from too."""
     if training.place.main:
-        known = {key: training.dataset.meta[key] for key in ("tokenizer_fingerprint", "data_checksum")}
-        config = runs.plain(training.config)
-        state = {"model": training.model.state_dict(), "step": training.step, "config": config} | known
+        state = {"model": training.model.state_dict(), "step": training.step, "config": runs.plain(training.config)}
+        state |= {key: training.dataset.meta[key] for key in ("tokenizer_fingerprint", "data_checksum")}
         if name == runs.CKPT:
             state["optimizer"] = [optimizer.state_dict() for optimizer in training.optimizers]
             state |= {"scaler": training.scaler.state_dict(), "best": training.best}
@@ -302,7 +300,7 @@ def close(training, log, finished):
     out = Path(config.out_dir)
     if finished:
         another = f"{pasted(f'--init_from={config.out_dir}')} and another --out_dir"
-        more = another if config.length_schedule else "raise --max_steps"
+        more = another if config.length_schedule or config.window_schedule else "raise --max_steps"
         log.say(f"{config.out_dir} is finished ({training.step} steps); for more of them {more}")
     if config.length_targets and not evaluate.is_closed(out, training.step):
         model.eval()

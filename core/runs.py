@@ -232,9 +232,12 @@ def resume(config, dataset, tokenizer):
         differ = [f"{key} was {old[key]!r} and is now {new[key]!r}" for key in changed]
         way_out = "Start another with --out_dir, or set them back"
         raise UserError(f"{out} holds a run with other settings: {', '.join(differ)}. {way_out}")
-    if config.phases != config_of(state).phases:  # of a length_schedule, whose shares are those of all steps
-        was = f"max_steps was {state['config']['max_steps']} and is now {config.max_steps}"
+    steps = state["config"]["max_steps"]
+    # The shares of a schedule are those of all steps.
+    if config.phases != config_of(state).phases or (config.window_schedule and config.max_steps != steps):
+        was = f"max_steps was {steps} and is now {config.max_steps}"
         moved = "which would move the phases of its length_schedule, and batches would come twice"
+        moved = "which would move the phases of its window_schedule" if config.window_schedule else moved
         way_out = f"Set it back, or go on from its weights with {pasted(f'--init_from={out}')} and another --out_dir"
         raise UserError(f"{out}: {was}, {moved}. {way_out}")
     if "optimizer" not in state:

@@ -134,6 +134,11 @@ def build(spec, n_layer, **sizes):
     return layers
 
 
+def check(spec, n_layer, **sizes):
+    """ValueError for a value of the flag that `build` refuses, without building every layer."""
+    build(spec, min(n_layer, len(members(spec))), **sizes)
+
+
 def merge(spec, override):
     """`override` laid over `spec`: arguments given again for an encoding, or one that derives from it, replace its own,
     the others stay. Another form, such as another scaling of rope, begins with its own defaults. In a list over the

@@ -14,9 +14,9 @@ from core.cache import Cache, Memory, Past, Slots
 from core.encoding import Sight
 from core.errors import UserError
 from core.optimizers import whole_matrices
-from core.settings import Reading
+from core.settings import Config, Reading
 from lab import spread
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 T = small.T
 W = 5  # a trained window, in tokens
@@ -404,6 +404,24 @@ def test_init_from_adds_windows_and_gates_and_gives_positions_up(learned, traine
     kept = runs.build(runs.config_of(state, posenc=["learned(window=4)", "learned"]))
     runs.load_weights(kept, state, fresh=True)
     assert torch.equal(kept.state_dict()["posenc.0.weight"], state["model"]["posenc.0.weight"])
+
+
+def test_windows_grow_by_shares_of_the_run(corpus, tmp_path, call_script, monkeypatch):
+    seen, narrow = [], GPT.narrow
+    monkeypatch.setattr(GPT, "narrow", lambda model, factor: (seen.append(factor), narrow(model, factor))[1])
+    settings = dict(posenc="rope(window=8)", window_schedule={0.0: 0.25, 0.5: 1.0}, max_steps=4, length_targets=0)
+    words = command(corpus, tmp_path / "run", eval_interval=2, **settings)[2:]
+    assert call_script("train.py", *words).returncode == 0
+    assert seen == [0.25, 0.25, 1.0, 1.0, 1.0, 1.0]  # two steps, an evaluation as it will be read, two steps, another
+    done = call_script("train.py", *words, "--max_steps=8")
+    assert done.returncode == 2 and "window_schedule" in done.stderr and "--init_from" in done.stderr
+    model, wanted = small.make("rope(window=8)"), small.make("rope(window=2)")
+    narrow(model, 0.25)
+    tokens = torch.randint(50, (2, T))
+    assert torch.equal(model(tokens), wanted(tokens))
+    for schedule in ({0.5: 1.0}, {0.0: 0.5}, {0.0: 2.0, 0.5: 1.0}, {0.0: 0.5, 1.0: 1.0}, {"a": 1.0}):
+        with pytest.raises(ValueError, match="window_schedule must look like"):
+            Config(window_schedule=schedule)
 
 
 def test_log_n_at_test_time_is_for_models_without_a_temper():
