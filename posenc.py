@@ -22,8 +22,8 @@ from core.specs import build, check, derives, every, members, merge, parse, sigh
 
 # Import encodings and their language from here: this module has loaded all of them.
 __all__ = [
-    "ENCODINGS", "Encoding", "build", "check", "derives", "every", "members", "merge", "parse", "sights", "tempers", "title",
-    "written",
+    "ENCODINGS", "Encoding", "build", "check", "derives", "every", "members", "merge", "parse", "sights", "tempers",
+    "title", "written",
 ]  # fmt: skip
 
 FAR = 1 << 15  # positions from which on `angles` takes care of whole turns
