@@ -117,7 +117,7 @@ def provenance(place):
 
 def place_of(name):
     """The pattern, in bytes, of what stands in a page between the lines <!-- name --> and <!-- /name -->."""
-    mark = re.escape(name.encode())
+    mark = re.escape(name.encode(errors="surrogateescape"))
     return re.compile(rb"(?s)(?<=<!-- %b -->)(\r?\n).*?(?=<!-- /%b -->)" % (mark, mark))
 
 
@@ -127,7 +127,7 @@ def write_table(path, name, lines, command, place, *, page=None, **more):
     made = ", ".join(f"{key} {value}" for key, value in (more | provenance(place)).items())
     text = "\n".join([*lines, "", f"Made by `{command}`: {made}."]) + "\n"
     path, text = Path(path), text.encode(errors="surrogateescape")  # A name in the command need not be UTF-8.
-    old = page.encode() if page else path.read_bytes() if path.exists() else b""
+    old = page.encode(errors="surrogateescape") if page else path.read_bytes() if path.exists() else b""
     new, places = place_of(name).subn(lambda found: found[1] + text, old)
     with atomic(path, "wb") as file:
         file.write(new if places else text)

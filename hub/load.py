@@ -193,7 +193,8 @@ def weight_map(source):
         raise UserError(f"{source / INDEX} has no weight_map from tensors to files; download it again")
     for file in index.values():
         path = PureWindowsPath(file)  # It knows the separators and roots of all systems.
-        if path.anchor or ".." in path.parts or not path.name or "\0" in file or len(file) > 255:
+        text = file.isprintable() and len(file) <= 255  # What is no character, or half a one, is not printable.
+        if path.anchor or ".." in path.parts or not path.name or not text:
             raise UserError(f"{source / INDEX} names {brief(file)!r}, no file in its folder; download it again")
     return index
 

@@ -45,7 +45,7 @@ def test_every_command_works_under_a_locale_without_letters(copy, corpus, tmp_pa
         command(corpus, out, max_steps=2)[1:],
         ("sample.py", copy, f"--prompt={NAME}", "--tokens=40"),
         ("evaluate.py", copy, "--targets=2", f"--out_dir=reach-{NAME}"),
-        ("compare.py", "rope", "--seeds=2", "--dataset=text", *sizes, f"--out_dir=compare-{NAME}", *text),
+        ("compare.py", "rope", "none", "--seeds=2", "--dataset=text", *sizes, f"--out_dir=compare-{NAME}", *text),
         ("-m", "hub.export", copy, f"exported-{NAME}"),
     ):
         line = [sys.executable, *([script] if script == "-m" else [ROOT / script]), *words]
