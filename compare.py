@@ -139,7 +139,7 @@ def write(by_seed, seeds, T, command, place, options):
         with files.atomic(docs / f"{out.name}.png", "wb") as file:
             file.write((out / "length.png").read_bytes())
     made = {"command": command} | report.provenance(place)
-    runs.write_json(out / "results.json", {"made": made, "train_length": T, "runs": all_runs})
+    runs.write_record(out / "results.json", {"made": made, "train_length": T, "runs": all_runs})
     print("\n".join(tables.table(means)))
     print(f"all of it: {out}/results.md, results.json, length.png")
 

@@ -211,7 +211,7 @@ def write(records, lines, draw, made, place, options):
         picture(options.picture, records)
     if options.out_dir:  # The figures come last, as the mark that all of it is there.
         file = "frequencies.json" if options.frequencies else "results.json"
-        runs.write_json(out / file, {"made": made | report.provenance(place), "runs": records})
+        runs.write_record(out / file, {"made": made | report.provenance(place), "runs": records})
 
 
 def main(argv):

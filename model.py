@@ -65,7 +65,7 @@ class GPTConfig:
         require_range(self, "above 0", "qk_scale")
         require(self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         require(self.n_head % self.kv_heads == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head")
-        posenc.check(self.posenc, self.n_layer, **self.sizes)
+        posenc.check(self.posenc, self.n_layer, self.temper, **self.sizes)
 
     @property
     def kv_heads(self):
@@ -178,7 +178,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, temper) for layer, temper in tempers)
         self.posenc = nn.ModuleList(posenc.build(config.posenc, config.n_layer, **config.sizes))
         sights = posenc.sights(config.posenc, config.n_layer)
-        self.sights = self.trained_sights = list(dict.fromkeys(sights))  # the different ones
+        self.sights = self.narrowed = list(dict.fromkeys(sights))  # the different ones
         self.sight_of = [self.sights.index(sight) for sight in sights]  # of every layer
         self.norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -226,7 +226,7 @@ class GPT(nn.Module):
             return self.by_segments(tokens, targets, segments, watch)
         past = Past() if past is None else past
         self.check_length(past.end(tokens.shape[1], pos))
-        calls = Call.each(past, self.sights, tokens, pos, watch)
+        calls = Call.each(past, self.narrowed if self.training else self.sights, tokens, pos, watch)
 
         x = self.embed(tokens, calls[0])  # (B, T, C)
         for block, encoding, index in zip(self.blocks, self.posenc, self.sight_of, strict=True):
@@ -252,8 +252,8 @@ class GPT(nn.Module):
         return torch.cat([self(x, y, memory, watch=watch) for x, y in zip(inputs, wanted, strict=True)], dim=1)
 
     def narrow(self, factor):
-        """Multiply the windows of all layers by a factor <= 1, until the next call. Training may let them grow."""
-        self.sights = [sight.times(factor) for sight in self.trained_sights]
+        """Multiply the windows that training sees by a factor <= 1, until the next call: it may let them grow."""
+        self.narrowed = [sight.times(factor) for sight in self.sights]
 
     def redraw(self, length, seed, windows=1.0):
         """Before a training step on `length` tokens: encodings with random positions draw them anew, and the layers'

@@ -24,6 +24,7 @@ import data
 from core import flags, optimizers, report, runs
 from core import place as places
 from core.errors import UserError, brief, command, out_of_memory, pasted, run
+from core.log import Log
 from core.measure import batches, validation_loss
 from core.place import Place
 from core.settings import Config
@@ -174,7 +175,7 @@ def train(config, place):
     tokenizer, dataset = open_data(config, place)
     training = start(config, place, tokenizer, dataset)
     finished = training.step >= config.max_steps
-    log = runs.Log(config, place, training.step, training.before, process.BEGAN)
+    log = Log(config, place, training.step, training.before, process.BEGAN)
     prepare(training, log)
     windows = dataset.validation(config.train_length, max(1, config.eval_tokens // config.train_length))
     token_bytes, signal = vocabulary.byte_lengths(tokenizer), 0
@@ -263,7 +264,6 @@ def tell(training, log, loss, norm, steps, seconds):
 def validate(training, log, windows, token_bytes, rows):
     """Measure the loss of `windows`, `rows` at a time, and keep the weights if it is the lowest so far."""
     training.model.eval()
-    training.model.narrow(1.0)  # as it will be read
     val_loss, val_bpb = validation_loss(training.model, windows, token_bytes, training.place, rows)
     log.write(step=training.step, val_loss=val_loss, val_bpb=val_bpb)
     log.say(f"step {training.step}: validation loss {val_loss:.4f}, {val_bpb:.4f} bits per byte")
@@ -308,7 +308,7 @@ def close(training, log, finished):
         if place.main:
             made = {"step": training.step, "seed": config.seed} | report.provenance(place)
             evaluate.pictures(out, {out.name: result})
-            runs.write_json(out / "length.json", result | made)  # last, as the mark that all of it is there
+            runs.write_record(out / "length.json", result | made)  # last, as the mark that all of it is there
             log.say("\n".join(evaluate.table({out.name: result})))
     if place.main:
         log.draw()

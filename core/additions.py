@@ -30,8 +30,8 @@ MIXED = 4  # tokens in a short convolution, a key's own among them
 
 def parameters(config, temper, trained):
     """{name: (its shape, None for one that these settings do without; its first value)} of what a GPTConfig adds to the
-    attention of a layer with that temper, T = `trained`. All begin where they change nothing, but for the sink, which
-    begins as one more key with a logit of 0."""
+    attention of a layer with that temper, T = `trained`. They begin where they change nothing; but ssmax is one at T/2
+    keys alone, and the sink is one more key with a logit of 0."""
     H, C, D = config.n_head, config.n_embd, config.n_embd // config.n_head
     mixer = (MIXED, config.kv_heads, 1, D) if config.short_conv else None
     return {
@@ -50,8 +50,8 @@ def parameters(config, temper, trained):
 def factor(kind, n, i, trained, learned=None, x=None):
     """The factor on queries, float, which broadcasts over (B, H, T, D).
 
-    n (T,) keys in sight and i (T,) indices of the queries, both float32 or wider; trained: T; learned: of the `shape`
-    above; x (B, T, C): the input of attention.
+    n (T,) keys in sight and i (T,) indices of the queries, both float32 or wider; trained: T; learned: as `parameters`
+    has it; x (B, T, C): the input of attention.
     """
     n, i = n[:, None], i[:, None]
     if kind == "su":

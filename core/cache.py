@@ -57,6 +57,9 @@ class Past:
         self.next = end
         return pos
 
+    def idle(self):
+        """Called after `advance` where no layer uses this past, but only those that it has made for some."""
+
     def extend(self, layer, x):
         """The input of a layer, x (B, T, C) -> (B, M, C), after its input for the tokens before, if they are kept."""
         return x
@@ -96,6 +99,9 @@ class Cache(Past):
         self.pos = pos if self.pos is None else torch.cat((self.pos, pos))
         self.length, self.new, self.next = len(self.pos), len(pos), end
         return self.pos
+
+    def idle(self):
+        self.pos, self.length = self.pos[-1:], 1  # Else it would grow, while the others are bounded.
 
     def last(self, layer):
         index = self.length - self.new
@@ -143,6 +149,9 @@ class Slots(Cache):
         self.narrow = {sight: Slots(part) for sight, part in cache.narrow.items()}
         self.slot = None  # (1,) the slot of the present call's token
         self.tails = cache.tails
+        for tails in self.tails.values():
+            for tail in tails.values():
+                torch._dynamo.mark_static_address(tail)
         for layer, held in cache.layers.items():
             require(held.keys() == {"k", "v"}, f"fixed slots hold keys and values, not {', '.join(held)}")
             self.layers[layer] = {name: x.new_zeros(*x.shape[:2], cache.total, x.shape[3]) for name, x in held.items()}
@@ -157,6 +166,9 @@ class Slots(Cache):
     def advance(self, pos, end):
         self.slot = pos
         return self.pos
+
+    def idle(self):
+        pass
 
     def append(self, layer, **new):
         for name, x in new.items():
@@ -214,6 +226,8 @@ class Call:
             pos = torch.arange(end - T, end, device=tokens.device)
         pasts = [past.of(sight) for sight in sights]
         keys = {id(own): own.advance(pos, end) for own in (past, *past.narrow.values())}
+        if not any(own is past for own in pasts):
+            past.idle()
         return [
             cls.of(own, sight, pos, keys[id(own)], end, consecutive, watch)
             for own, sight in zip(pasts, sights, strict=True)
@@ -238,7 +252,7 @@ class Call:
         return cls(past, pos, k_pos, seen, band, near, length, reach, sight, watch)
 
     def temper(self, q, kind, trained, learned=None, x=None):
-        """Queries q (B, H, T, D), times the temper of that kind; see core/temper.py for what it takes. The past may ask
+        """Queries q (B, H, T, D), times the temper of that kind; core/additions.py says what it takes. The past may ask
         for su where there is none."""
         kind = "su" if kind == "none" and self.past.log_n else kind
         if kind == "none" or (kind in BY_POSITION and self.sight.span):

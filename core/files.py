@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -46,6 +47,17 @@ def write_whole(path, text):
 def write_json(path, value):
     """Write a value of plain types as a JSON file: a kill leaves the old one or the new one."""
     write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def checksum(value):
+    """A CRC-32 of a value of plain types as JSON writes it, in which a flipped bit shows."""
+    return zlib.crc32(json.dumps(value).encode())
+
+
+def write_record(path, value):
+    """Write {key: value of plain types} as `write_json` does, with its checksum, which core.runs.read_json compares."""
+    value = json.loads(json.dumps(value))  # as it will be read, with text for keys
+    write_json(path, value | {"crc32": checksum(value)})
 
 
 @contextlib.contextmanager

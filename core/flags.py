@@ -7,6 +7,7 @@ or flag and the nearest key. The comment beside a field is its line in `--help`.
 import argparse
 import ast
 import dataclasses
+import difflib
 import functools
 import inspect
 import os
@@ -71,8 +72,10 @@ def find(path):
         raise UserError(f"no config file {brief(path)}: {getattr(error, 'strerror', None) or error}") from None
     if what:
         raise UserError(f"{path} is {what} and no config file")
-    known = [f"configs/{file.name}" for file in sorted((HOME / "configs").glob("*.py"))]
-    raise UserError(f"no config file {path}; {nearest(f'configs/{file.stem}.py', known, cutoff=0.8)}")
+    known = {each.stem: each.relative_to(HOME).as_posix() for each in sorted((HOME / "configs").rglob("*.py"))}
+    close = difflib.get_close_matches(file.stem, known, n=1, cutoff=0.7)
+    hint = f"did you mean '{known[close[0]]}'?" if close else f"choose from {', '.join(known.values())}"
+    raise UserError(f"no config file {path}; {hint}")
 
 
 def read(path, cls):
@@ -109,7 +112,8 @@ def field_type(key, cls, where):
     """The type of the field `key` of cls. UserError names the nearest key where there is none."""
     known = [field.name for field in dataclasses.fields(cls)]
     if key not in known:
-        raise UserError(f"{where}: unknown key '{key}'; {nearest(key, known, cutoff=0)}")
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)  # A worse guess would lead astray.
+        raise UserError(f"{where}: unknown key '{key}'; {nearest(key, close) if close else '--help lists all of them'}")
     return typing.get_type_hints(cls)[key]
 
 

@@ -2,24 +2,20 @@
 
 import contextlib
 import json
-import math
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
 from tqdm import tqdm
 
 import posenc
-from core import checkpoints, files, optimizers, report
+from core import checkpoints, files
 from core.checkpoints import BEST, CKPT, PREVIOUS, SOURCE, save  # noqa: F401  # They are used as parts of runs.
-from core.errors import UserError, brief, command, nearest, note, pasted
-from core.files import write_json, write_whole  # noqa: F401
+from core.errors import UserError, command, line_of, nearest, note, pasted
+from core.files import write_json, write_record, write_whole  # noqa: F401
 from core.flags import make
-from core.place import Neighbours
 from core.settings import Config
 from data import vocabulary
 from model import GPT, GPTConfig
@@ -53,7 +49,15 @@ def read_json(path):
             value = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             value = None
-        if isinstance(value, dict):
+        except FileNotFoundError:  # Another process of the run has set it aside.
+            return {}
+        except OSError as error:  # It may be another user's.
+            tqdm.write(f"{line_of(error)}; going on without it", file=sys.stderr)
+            return {}
+        if isinstance(value, dict) and value.pop("crc32", None) in (
+            None,
+            files.checksum(value),
+        ):  # older ones have none
             return value
     set_aside(path)
     return {}
@@ -92,6 +96,8 @@ def find(run):
 
         run = hub.as_run(str(run))
     path = Path(run)
+    if path.is_file() and path.suffix == ".py":
+        raise UserError(f"{run} is a config file; name the folder of its run, out/{path.stem} say")
     if path.is_file():
         return path
     for name in (CKPT, PREVIOUS):  # A kill of an older version, at a certain moment, left the previous one alone.
@@ -103,7 +109,9 @@ def find(run):
         raise UserError(f"no run {run}; {hint}")
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
         raise UserError(f"{run} holds a published model and no run; name it {pasted(f'{PUBLISHED}{run}')}")
-    raise UserError(f"{run} holds no checkpoint ({CKPT}); train one with {command('train.py', 'configs/rope.py')}")
+    inside = ", ".join(sorted(str(folder.parent) for folder in path.glob(f"*/{CKPT}")))
+    hint = f"name one of {inside}" if inside else f"train one with {command('train.py', 'configs/rope.py')}"
+    raise UserError(f"{run} holds no checkpoint ({CKPT}); {hint}")
 
 
 def load(run):
@@ -164,7 +172,10 @@ def build(config, device="cpu", initial=True):
 
 
 # Parameters of attention that begin where they change nothing, so that a run may add them to another's weights.
-NEUTRAL = ("temper", "qk_scale", "sink_logit", "gate", "conv_k", "conv_v")
+
+
+# Names of the weights of encodings, and of what settings add to attention, such as blocks.0.attn.gate.
+OPTIONAL = re.compile(r"posenc\.|blocks\.\d+\.attn\.\w+$")
 
 
 def load_weights(model, state, fresh=False, share=False):
@@ -175,11 +186,10 @@ def load_weights(model, state, fresh=False, share=False):
     if not posenc.derives(new, old):
         weights = {name: weight for name, weight in weights.items() if not name.startswith("posenc.")}
     if fresh:
-        # The weights of encodings, and what settings add to attention: blocks.L.attn.gate, say.
-        weights = {name: x for name, x in initial.items() if re.match(r"posenc\.|.*\.attn\.\w+$", name)} | weights
+        weights = {name: weight for name, weight in initial.items() if OPTIONAL.match(name)} | weights
     shapes = [{(name, weight.shape) for name, weight in held.items()} for held in (weights, initial)]
     wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
-    if wrong and old != new and all(name.startswith("posenc.") for name in wrong):
+    if wrong and old != new and all(map(OPTIONAL.match, wrong)):
         way_out = "leave out --init_from" if fresh else "train it, or go on from here with train.py's --init_from"
         raise UserError(f"the checkpoint was trained with {old}, and {new} has weights of its own: {way_out}")
     if wrong:
@@ -300,84 +310,3 @@ def names(paths):
     """The names of runs in tables: the last parts of their paths, or the paths where two would be the same."""
     short = [Path(path.removeprefix(PUBLISHED)).name for path in paths]
     return short if len(set(short)) == len(short) else list(paths)
-
-
-class Log:
-    """metrics.jsonl, the progress bar and the picture of the loss. Only the main process writes.
-
-    step, before: where the run goes on, and the Config that it had until then. start: time.perf_counter() when the
-    process began. Lines of steps after `step` are cut off: they are done again.
-    """
-
-    def __init__(self, config, place, step, before, start):
-        folder, max_steps = Path(config.out_dir), config.max_steps
-        self.path, self.main, self.start = folder / "metrics.jsonl", place.main, start
-        self.neighbours = Neighbours()
-        self.bar = tqdm(
-            initial=step, total=max_steps, desc=brief(folder.name, 60), dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10, disable=not self.main or step >= max_steps,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-        )  # fmt: skip
-        if self.main:
-            self.begin(step, max(config.log_interval, before.log_interval))
-            self.say_jump(step, before, config)
-
-    def begin(self, step, interval):
-        """Keep the lines up to `step`, and say what is not there: damaged lines, or none for more steps than the
-        interval between two."""
-        lines, damaged = self.lines()
-        if damaged:
-            set_aside(self.path, f"has {damaged} damaged lines; the others are kept")
-        kept = [line for line in lines if line["step"] <= step]
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        logged = [0, *(line["step"] for line in kept if "loss" in line), step + 1]
-        for before, after in pairwise(logged):
-            if after - before > interval:
-                self.say(f"{self.path} says nothing of the loss between steps {before} and {min(after, step)}")
-
-    def say_jump(self, step, before, config):
-        """Say how the learning rate goes on where max_steps is another than before: it follows shares of all steps."""
-        if before.max_steps != config.max_steps and 0 < step < config.max_steps:
-            was, now = (optimizers.learning_rate(*known) for known in ((before, step - 1), (config, step)))
-            rates = f"{was * before.learning_rate:.3g} to {now * config.learning_rate:.3g}"
-            jump = f"the learning rate goes {'back up' if now > was else 'on'} from {rates}"
-            self.say(f"max_steps was {before.max_steps} and is now {config.max_steps}: {jump}")
-
-    def lines(self):
-        """(the lines so far, how many others are damaged). The last one may have been cut short by a kill."""
-        if not self.path.is_file():
-            return [], int(self.path.exists())
-        lines, damaged, texts = [], 0, self.path.read_bytes().split(b"\n")
-        for text in texts:
-            try:
-                line = json.loads(text)
-                numbers = {type(value) for value in line.values()} <= {int, float, type(None)}
-            except (ValueError, RecursionError, AttributeError):
-                numbers = False
-            if numbers and type(line.get("step")) is int:
-                lines.append(line)
-            elif text is not texts[-1]:
-                damaged += 1
-        return lines, damaged
-
-    def write(self, **line):
-        """Add a line of numbers, and the seconds since the start."""
-        if self.main:
-            # JSON knows no infinity, which is the norm of a gradient that overflowed float16.
-            line = {key: value if math.isfinite(value) else None for key, value in line.items()}
-            line["seconds"] = round(time.perf_counter() - self.start, 2)
-            files.append(self.path, json.dumps(line) + "\n")
-
-    def say(self, text):
-        """Print a line above the bar. Where nobody reads it any more, the run goes on (core.streams)."""
-        if self.main:
-            tqdm.write(text)
-
-    def draw(self):
-        """loss.png, from the lines so far."""
-        lines, _ = self.lines()
-        series = {
-            name: ([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
-            for name, key in (("training", "loss"), ("validation", "val_loss"))
-        }
-        report.lines(self.path.with_name("loss.png"), series, "step", "loss (nats per token)")

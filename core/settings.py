@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import posenc
 from core.errors import UserError, require, require_range
 from core.flags import Dtype
 from model import GPTConfig
@@ -73,9 +74,13 @@ class Config(GPTConfig):
         require(not self.packages or self.dataset == "python", "--packages goes with --dataset=python")
         require(self.shards == 1 or self.dataset == "fineweb", "--shards goes with --dataset=fineweb")
         require(self.segments == 1 or not self.length_schedule, "segments and length_schedule exclude each other")
+        # A memory's first tokens would be mixed with none, where those before them have left.
+        require(self.segments == 1 or not self.short_conv, "segments and short_conv exclude each other")
         if self.length_schedule:
             self.check_length_schedule()
         if self.window_schedule:
+            bounded = any(sight.span for sight in posenc.sights(self.posenc, self.n_layer))
+            require(bounded, "window_schedule needs a window in posenc, such as rope(window=32)")
             factors = list(self.window_schedule.values())
             form = "window_schedule must look like {0.0: 0.25, 0.5: 1.0}, from 0.0 on with rising shares, ending at 1.0"
             rises = all(type(x) in (int, float) and 0 < x <= 1 for x in factors) and factors[-1] == 1

@@ -134,9 +134,12 @@ def build(spec, n_layer, **sizes):
     return layers
 
 
-def check(spec, n_layer, **sizes):
-    """ValueError for a value of the flag that `build` refuses, without building every layer."""
+def check(spec, n_layer, temper, **sizes):
+    """ValueError for a value of the flag that `build` refuses, without building every layer, and for a usual `temper`
+    that would act on none of them."""
     build(spec, min(n_layer, len(members(spec))), **sizes)
+    acts = temper not in BY_POSITION or not all(sight.span for sight in sights(spec, n_layer))
+    require(acts, f"temper={temper} acts on layers without window or chunk alone, and there are none")
 
 
 def merge(spec, override):
@@ -144,7 +147,7 @@ def merge(spec, override):
     the others stay. Another form, such as another scaling of rope, begins with its own defaults. In a list over the
     layers that is done for the members of that encoding, where there are any. A list is laid over one of the same
     length member by member, and "" leaves one as it is."""
-    for value in (spec, override if isinstance(override, str) else [text for text in override if text != ""]):
+    for value in (spec, override if isinstance(override, str) else [text for text in override if text != ""] or spec):
         members(value)  # a mistake in either is said before they are taken apart
     if not isinstance(override, str):
         same = not isinstance(spec, str) and len(spec) == len(override)  # then it is laid over it member by member
@@ -174,4 +177,5 @@ def title(override, merged):
     def whole(spec):
         return [(cls, cls.checked(arguments), layer) for cls, arguments, layer in members(spec)]
 
-    return str(override if override and whole(override) == whole(merged) else merged)
+    complete = all([override] if isinstance(override, str) else override)  # An empty member leaves the run's own.
+    return str(override if complete and whole(override) == whole(merged) else merged)

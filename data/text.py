@@ -18,7 +18,14 @@ ENOUGH = 20  # files from which on whole ones are held out: of fewer, one or two
 BLOCK = 1 << 20  # bytes read at once
 
 # A folder that holds one of these sets of files was written by a program of ours, and is no text.
-OURS = ({"train.lock"}, {"ckpt.pt"}, {"best.pt"}, {"results.json", "results.md"}, {"train.bin", "meta.json"})
+OURS = (
+    {"train.lock"},
+    {"ckpt.pt"},
+    {"best.pt"},
+    {"results.json", "results.md"},
+    {"frequencies.json"},
+    {"train.bin", "meta.json"},
+)
 
 
 @dataclass

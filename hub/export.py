@@ -198,6 +198,8 @@ def whole(folder):
             folder.rmdir()
         part.rename(folder)
     except OSError as error:
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, f"{folder}/{Path(error.filename or '').name}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from core import report
-from core.attention import ready, visible
+from core.attention import ready
 from core.errors import UserError
 from lab.tables import pivot
 from model import GPTConfig
@@ -78,6 +78,7 @@ def frequencies(model, windows, place, budget=1 << 21):
     rope, config = rotation(model), model.config
     T, wavelength = config.train_length, wavelengths(model)
     heads = {name: config.kv_heads if name == "k_norm" else config.n_head for name in MEASURES}
+    terms = torch.zeros(config.n_layer, dtype=torch.float64)  # pairs of query and key that a layer sees
     total = {
         name: torch.zeros(config.n_layer, count, len(wavelength), dtype=torch.float64) for name, count in heads.items()
     }
@@ -86,7 +87,8 @@ def frequencies(model, windows, place, budget=1 << 21):
         for name, x in zip(("q_norm", "k_norm"), (new.q, new.k), strict=True):
             total[name][layer] += paired(x.float(), rope.dims).norm(dim=-1).sum(dim=(0, 2)).cpu()
         # Exact sums: not rounded to TF32 or half precision, whatever the model computed q and k in.
-        pairs = ready(replace(pairs, seen=visible(pairs.i, pairs.j)))
+        pairs = ready(pairs)
+        terms[layer] = int(pairs.seen.sum())
         wide = torch.float32 if pairs.q.device.type == "mps" else torch.float64
         q, k, seen = pairs.q.to(wide), pairs.k.to(wide), pairs.seen
         few = max(1, budget // (k[..., 0].numel() * len(wavelength)))
@@ -102,8 +104,8 @@ def frequencies(model, windows, place, budget=1 << 21):
     for tokens in tqdm(torch.as_tensor(windows).split(1), "frequencies", leave=False, disable=None):
         with place.autocast():
             model(tokens[:, -T - 1 : -1].to(place.device), last=1, watch=watch)
-    terms = {name: T if name.endswith("norm") else T * (T + 1) // 2 for name in MEASURES}
-    means = {name: sums / (len(windows) * terms[name]) for name, sums in total.items()}
+    counts = {name: torch.full_like(terms, T) if name.endswith("norm") else terms for name in MEASURES}
+    means = {name: sums / (len(windows) * counts[name][:, None, None]) for name, sums in total.items()}
     return {"wavelength": wavelength, "turns": T / wavelength, "unfinished": wavelength > T, **means}
 
 
@@ -117,9 +119,12 @@ def silenced(model, pairs, frozen=False):
     chosen = torch.zeros(rope.head_dim + 1, dtype=torch.bool)
     chosen[dimension[torch.tensor(list(pairs), dtype=torch.int64)]] = True
 
-    def changed(x, pos, length=0):
+    def changed(x, pos, length=0, **value):
+        turned = turn(x, pos, length, **value)
+        if value:  # Values that turn are no part of the products.
+            return turned
         instead = turn(x, torch.zeros_like(pos), length) if frozen else x.new_zeros(())
-        return torch.where(chosen[1:].to(x.device), instead, turn(x, pos, length))
+        return torch.where(chosen[1:].to(x.device), instead, turned)
 
     rope.turn = changed
     try:

@@ -38,7 +38,7 @@ def spread(model, tokens, last, place):
     def watch(layer, encoding, new, pairs):
         watched = weights(encoding, pairs)
         sums = {name: measure(*watched).sum().cpu().double() for name, measure in SPREAD.items()}
-        if len(pairs.j) < cache.length:  # The layer's window has left the first token behind.
+        if len(pairs.j) < cache.next:  # The layer's window has left the first token behind.
             sums["first"] *= 0
         total[:, layer] += torch.stack(list(sums.values()))
 

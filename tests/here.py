@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from core import errors, runs
+from core import errors, log
 from lab.workers import Workers
 
 
@@ -29,5 +29,5 @@ def in_process(monkeypatch):
     """Pictures of single runs are left out: they take most of the time, and other tests look at them."""
     monkeypatch.setattr(Workers, "wait", wait)
     monkeypatch.setattr(evaluate, "pictures", lambda folder, records: None)
-    monkeypatch.setattr(runs.Log, "draw", lambda self: None)
+    monkeypatch.setattr(log.Log, "draw", lambda self: None)
     monkeypatch.setattr(Workers, "all", lambda self, functions: {key: work() for key, work in functions.items()})

@@ -18,7 +18,7 @@ import compare
 import evaluate
 import sample
 from core import flags as configs
-from core import runs
+from core import log
 from core.errors import UserError, line_of
 from core.settings import Config
 from data import bpe
@@ -532,7 +532,7 @@ def test_every_whole_number_has_an_upper_bound_or_needs_none(script):
 
 
 def test_numbers_that_need_no_bound_are_used(call_script, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs.Log, "draw", lambda self: None)
+    monkeypatch.setattr(log.Log, "draw", lambda self: None)
     huge = dict.fromkeys(ANY["train"] - {"max_steps", "segments", "shards"}, 10**29)
     settings = TINY | {"text": corpus, "data_dir": corpus.parent / "data", "max_steps": 1, "length_targets": 0} | huge
     done = call_script("train.py", *(f"--{key}={value}" for key, value in settings.items()), "--out_dir=out")

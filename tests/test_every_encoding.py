@@ -12,7 +12,7 @@ from tiny import bound, command, step_sums, sums
 from torch.nn.parallel import DistributedDataParallel
 
 import posenc
-from core import runs
+from core import log
 from model import GPT, GPTConfig
 from posenc import ENCODINGS
 
@@ -66,7 +66,7 @@ def gradients(model, loss):
 )
 def test_it_learns_in_bfloat16_and_resumes_exactly(spec, corpus, tmp_path, call_script, monkeypatch):
     """30 steps, and the last 15 of them once more from the checkpoint between, end in the same bits."""
-    monkeypatch.setattr(runs.Log, "draw", lambda log: None)
+    monkeypatch.setattr(log.Log, "draw", lambda log: None)
     settings = SCHEDULES.get(spec, {"posenc": spec}) | dict(
         max_steps=30, checkpoint_interval=15, eval_interval=30, dtype="bfloat16", length_targets=0
     )

@@ -1,5 +1,6 @@
 """Files are whole or as they were, whatever happens in between; a lock lets one in."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import threading
 
 import pytest
 
-from core import files, runs
+from core import files, log, runs
 
 TEXT = "naïve 日本語 👍\n"
 
@@ -114,3 +115,30 @@ def test_a_lock_that_cannot_be_had_is_an_error_and_no_lock(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
         files.lock(tmp_path / "folder")
+
+
+def test_a_flipped_bit_of_a_record_is_set_aside_or_changes_no_number(tmp_path, capsys):
+    """In length.json and results.json, and in the lines of metrics.jsonl."""
+    path, value = tmp_path / "results.json", {"made": {"seed": 1}, "runs": {"a": {"loss": [1.25, 2.5], "step": 7}}}
+    for position in range(8 * len(json.dumps(value, indent=1))):
+        files.write_record(path, value)
+        content = bytearray(path.read_bytes())
+        content[position // 8] ^= 1 << position % 8
+        path.write_bytes(content)
+        found = runs.read_json(path)
+        assert found == {} or {key: found[key] for key in value} == value
+    runs.write_json(path, value)
+    assert runs.read_json(path) == value  # from before there was a checksum
+    capsys.readouterr()
+
+
+def test_a_flipped_bit_of_a_line_is_a_damaged_line(tmp_path):
+    reader, line = object.__new__(log.Log), {"step": 10, "loss": 1.25, "seconds": 2.5}
+    reader.path = tmp_path / "metrics.jsonl"
+    for position in range(8 * len(json.dumps(line))):
+        content = bytearray(log.written(line).encode())
+        content[position // 8] ^= 1 << position % 8
+        reader.path.write_bytes(content)
+        assert all({key: found.get(key) for key in line} == line for found in reader.lines()[0])
+    reader.path.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    assert reader.lines() == ([line], 0)

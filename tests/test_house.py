@@ -15,7 +15,7 @@ ENCODINGS = {"core.encoding", "core.specs", "posenc", "zoo.*"}
 PLACES = {"core.place", "core.report"}
 MODEL = LEAVES | ENCODINGS | PLACES | {"core.attention", "core.cache", "core.norms", "model"}
 SETTINGS = MODEL | {"core.flags", "core.settings", "core.optimizers"}
-RUNS = SETTINGS | {"core.stop", "data", "data.*", "core.checkpoints", "core.runs", "core.measure"}
+RUNS = SETTINGS | {"core.stop", "data", "data.*", "core.checkpoints", "core.runs", "core.log", "core.measure"}
 MAY_IMPORT = {
     "core.streams": set(),
     "core.errors": {"core.streams"},
@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "data.*": {"data", "data.*", "core.errors", "core.files", "core.flags"},
     "core.checkpoints": SETTINGS,  # never the data: a checkpoint is read before its tokenizer is known
     "core.runs": RUNS,
+    "core.log": RUNS,
     "core.measure": RUNS,
     "train": RUNS,
     "sample": RUNS,

@@ -210,3 +210,14 @@ def test_text_that_depends_on_how_much_was_asked_for_says_so(trained, call_scrip
         done = call_script("sample.py", trained, "--tokens=2", f"--posenc={way}")
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("another --tokens is another text") == said
+
+
+def test_what_is_no_run_says_where_one_is(trained, call_script, tmp_path):
+    (tmp_path / "mine.py").write_text("n_layer = 2", encoding="utf-8")
+    shutil.copytree(trained, tmp_path / "runs" / "one")
+    for word, said in (("mine.py", "is a config file; name the folder of its run, out/mine say"),
+                       ("runs", "runs holds no checkpoint (ckpt.pt); name one of runs/one")):  # fmt: skip
+        done = call_script("sample.py", word)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and said in done.stderr
+    done = call_script("sample.py", trained, "--lr=x")
+    assert done.stderr == "sample.py: --lr=x: unknown key 'lr'; --help lists all of them\n"

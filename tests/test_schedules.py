@@ -9,14 +9,14 @@ from tiny import bound, command, sums
 
 import posenc
 from core import runs
-from core.additions import TEMPERS
+from core.additions import BY_POSITION, TEMPERS
 from core.cache import Cache, Memory, Past, Slots
 from core.encoding import Sight
 from core.errors import UserError
 from core.optimizers import whole_matrices
 from core.settings import Config, Reading
-from lab import spread
-from model import GPT, GPTConfig
+from lab import frequencies, spread
+from model import GPT, GPTConfig, generate
 
 T = small.T
 W = 5  # a trained window, in tokens
@@ -159,6 +159,47 @@ def test_the_flag_says_what_a_layer_sees():
     assert len({id(encoding) for encoding in make(["t5(window=8)", "t5"]).posenc}) == 1  # its layers share their table
 
 
+def test_settings_that_would_do_nothing_are_refused():
+    for settings, said in (
+        ({"window_schedule": {0.0: 0.5, 0.5: 1.0}}, "needs a window in posenc"),
+        ({"posenc": "rope(window=3)", "temper": "llama4"}, "without window or chunk alone, and there are none"),
+        ({"posenc": ["rope", "none", "rope(window=3)"], "n_layer": 2}, "would do nothing"),
+        ({"short_conv": True, "segments": 2}, "segments and short_conv exclude each other"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Config(**settings)
+
+
+def test_the_row_of_a_list_with_empty_members_says_what_is_in_force():
+    spec = ["rope(window=8)", "none"]
+    assert posenc.title(["", ""], posenc.merge(spec, ["", ""])) == str(spec)
+    assert posenc.title(spec, posenc.merge(spec, spec)) == str(spec)
+
+
+@torch.no_grad()
+def test_a_cache_that_no_layer_uses_does_not_grow():
+    model, tokens = small.make(f"rope(window={W})"), torch.randint(50, (1, 8 * T))
+    _, cache = cached(model, tokens, 1)
+    assert cache.next == 8 * T and len(cache.pos) == 1
+    assert len(list(generate(model, tokens[:, :4], 20, compiled=model))) == 20
+
+
+@torch.no_grad()
+def test_logits_are_taken_apart_where_the_layer_sees_them():
+    model, tokens = make(["rope(window=4)", "rope"]), torch.randint(50, (2, T + 1))
+    found, whole = (
+        frequencies.frequencies(each, tokens, small.CPU)["absolute"] for each in (model, make(["rope"] * 2))
+    )
+    assert not torch.equal(found[0], whole[0]) and found[1].shape == whole[1].shape
+    turning = small.make("rope(values=True)")
+    with frequencies.silenced(turning, range(4)):  # all pairs: queries and keys are nothing, and values still turn
+        silent = turning(tokens)
+    blind = small.make("rope(values=True)")
+    for block in blind.blocks:
+        torch.nn.init.zeros_(block.attn.qkv.weight[:32])
+    assert close(silent, blind(tokens))
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -235,8 +276,8 @@ def by_loops(model, tokens, first):
             elif temper == "adaptive":
                 a, b = (attn.temper[row] @ x[i] for row in (h, H + h))
                 factor = (1 + math.log1p(math.exp(a)) * math.log(n + 1) ** (2 * math.tanh(b))) / (1 + math.log(2))
-            else:  # Those by position leave layers with a window alone.
-                factor = FACTORS["none" if temper in ("llama4", "inkling") and first(T) else temper](n, i)
+            else:
+                factor = FACTORS[temper](n, i)
             scale = factor * (attn.qk_scale[h].item() if config.learn_qk_scale else config.qk_scale)
             logits = [scale * (query @ unit(mixed("conv_k", k, j))).item() / math.sqrt(D) for j in keys]
             sink = math.exp(attn.sink_logit[h].item()) if config.sink_logit else 0.0
@@ -274,6 +315,8 @@ ADDED = [
 @pytest.mark.parametrize("settings", ADDED, ids=str)
 @pytest.mark.parametrize("spec", SIGHTS)
 def test_attention_is_what_plain_loops_compute(settings, spec):
+    if spec != "none" and settings.get("temper") in BY_POSITION:
+        pytest.skip("a temper that would act on no layer is refused")
     model, tokens = shaken(small.make(spec, n_layer=1, **settings)), torch.randint(50, (1, T + 5))
     assert close(model(tokens)[0], by_loops(model, tokens, SIGHTS[spec]))
 
@@ -322,6 +365,19 @@ def test_muon_gets_whole_matrices_alone():
         "attn.gate", "attn.qkv.weight", "attn.proj.weight", "ff.fc.weight", "ff.proj.weight"}  # fmt: skip
     heads = small.make(gate="head")
     assert not any(p is heads.blocks[0].attn.gate for p in whole_matrices(heads))
+
+
+@torch.no_grad()
+def test_tempers_by_position_leave_layers_with_a_window_alone():
+    tokens = torch.randint(50, (2, 3 * T))
+    for temper in BY_POSITION:
+        model = make([f"rope(window={W})", "none"], temper=temper)
+        for block in model.blocks:
+            assert block.attn.temper_kind == temper
+        told = make([f"rope(window={W})", f"none(temper='{temper}')"])
+        assert close(model(tokens), told(tokens)) and not close(
+            model(tokens), make([f"rope(window={W})", "none"])(tokens)
+        )
 
 
 def test_a_member_names_its_temper():
@@ -412,16 +468,17 @@ def test_windows_grow_by_shares_of_the_run(corpus, tmp_path, call_script, monkey
     settings = dict(posenc="rope(window=8)", window_schedule={0.0: 0.25, 0.5: 1.0}, max_steps=4, length_targets=0)
     words = command(corpus, tmp_path / "run", eval_interval=2, **settings)[2:]
     assert call_script("train.py", *words).returncode == 0
-    assert seen == [0.25, 0.25, 1.0, 1.0, 1.0, 1.0]  # two steps, an evaluation as it will be read, two steps, another
+    assert seen == [0.25, 0.25, 1.0, 1.0]
     done = call_script("train.py", *words, "--max_steps=8")
     assert done.returncode == 2 and "window_schedule" in done.stderr and "--init_from" in done.stderr
     model, wanted = small.make("rope(window=8)"), small.make("rope(window=2)")
     narrow(model, 0.25)
     tokens = torch.randint(50, (2, T))
-    assert torch.equal(model(tokens), wanted(tokens))
+    assert torch.equal(model.train()(tokens), wanted(tokens))
+    assert torch.equal(model.eval()(tokens), small.make("rope(window=8)")(tokens))  # as it will be read
     for schedule in ({0.5: 1.0}, {0.0: 0.5}, {0.0: 2.0, 0.5: 1.0}, {0.0: 0.5, 1.0: 1.0}, {"a": 1.0}):
         with pytest.raises(ValueError, match="window_schedule must look like"):
-            Config(window_schedule=schedule)
+            Config(posenc="rope(window=8)", window_schedule=schedule)
 
 
 def test_log_n_at_test_time_is_for_models_without_a_temper():
