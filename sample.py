@@ -183,7 +183,7 @@ def main(argv):
         note(f"the model was trained with {opened.trained}: with {config.posenc} expect nonsense")
     T, count = config.train_length, options.tokens or 8 * config.train_length
     if any(encoding.by_length for encoding in model.posenc) and not options.crop:
-        print(f"{config.posenc} is scaled to the whole text: another --tokens is another text", file=sys.stderr)
+        note(f"{config.posenc} is scaled to the whole text: another --tokens is another text")
     prompt = [*vocabulary.begin(tokenizer), *vocabulary.encode(tokenizer, options.prompt)] or [tokenizer.eot_token]
     options.check_model(model)
     check(options, model, prompt, count)

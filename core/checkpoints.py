@@ -144,7 +144,7 @@ def check(state):
     require(0 <= state["step"] <= config.max_steps, f"has the step {state['step']}, of {config.max_steps}")
     check_scaler(state.get("scaler", {}))
     require(not math.isnan(state.get("best", 0.0)), "has a best loss that is no number")
-    model = skeleton(config, state["model"])
+    model = empty_model(config, state["model"])
     if "optimizer" in state:
         kept = optimizers.make(model, config, NOWHERE)
         require(len(kept) == len(state["optimizer"]), "has the state of another optimizer")
@@ -166,7 +166,7 @@ def check_config(saved):
         raise ValueError(f"has settings that do not fit together: {error}") from None
 
 
-def skeleton(config, weights):
+def empty_model(config, weights):
     """The model of a Config, without memory. ValueError unless `weights` are its own, {name: tensor of floats}."""
     for name, weight in weights.items():
         plain = isinstance(weight, torch.Tensor) and weight.layout == torch.strided and weight.device.type == "cpu"
@@ -181,10 +181,15 @@ def skeleton(config, weights):
             model = GPT(config, None)
     except (ValueError, TypeError, ArithmeticError, RuntimeError):
         raise ValueError("has settings that no model can have") from None
-    shapes = [{(name, weight.shape) for name, weight in held.items()} for held in (weights, model.state_dict())]
-    wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
+    wrong = misfits(weights, model)
     require(not wrong, f"has weights that do not fit its settings ({wrong[0] if wrong else None})")
     return model
+
+
+def misfits(weights, model):
+    """The names of weights, {name: tensor}, that the model has not, or in another shape, and of those that it lacks."""
+    shapes = [{(name, weight.shape) for name, weight in held.items()} for held in (weights, model.state_dict())]
+    return sorted({name for name, _ in shapes[0] ^ shapes[1]})
 
 
 def check_scaler(scaler):

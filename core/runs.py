@@ -187,8 +187,7 @@ def load_weights(model, state, fresh=False, share=False):
         weights = {name: weight for name, weight in weights.items() if not name.startswith("posenc.")}
     if fresh:
         weights = {name: weight for name, weight in initial.items() if OPTIONAL.match(name)} | weights
-    shapes = [{(name, weight.shape) for name, weight in held.items()} for held in (weights, initial)]
-    wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
+    wrong = checkpoints.misfits(weights, model)
     if wrong and old != new and all(map(OPTIONAL.match, wrong)):
         way_out = "leave out --init_from" if fresh else "train it, or go on from here with train.py's --init_from"
         raise UserError(f"the checkpoint was trained with {old}, and {new} has weights of its own: {way_out}")
@@ -246,8 +245,8 @@ def resume(config, dataset, tokenizer):
     # The shares of a schedule are those of all steps.
     if config.phases != config_of(state).phases or (config.window_schedule and config.max_steps != steps):
         was = f"max_steps was {steps} and is now {config.max_steps}"
-        moved = "which would move the phases of its length_schedule, and batches would come twice"
-        moved = "which would move the phases of its window_schedule" if config.window_schedule else moved
+        twice = "length_schedule, and batches would come twice"
+        moved = f"which would move the phases of its {'window_schedule' if config.window_schedule else twice}"
         way_out = f"Set it back, or go on from its weights with {pasted(f'--init_from={out}')} and another --out_dir"
         raise UserError(f"{out}: {was}, {moved}. {way_out}")
     if "optimizer" not in state:
