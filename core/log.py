@@ -70,10 +70,12 @@ class Log:
         if not self.path.is_file():
             return [], int(self.path.exists())
         lines, damaged, texts = [], 0, self.path.read_bytes().split(b"\n")
+        older = not any(b'"crc32"' in text for text in texts)  # from before there was a checksum
         for text in texts:
             try:
                 line = json.loads(text)
-                whole = line.pop("crc32", None) in (None, files.checksum(line))  # Older lines have none.
+                checksum = line.pop("crc32", None)
+                whole = checksum == files.checksum(line) or (older and checksum is None)
                 numbers = whole and {type(value) for value in line.values()} <= {int, float, type(None)}
             except (ValueError, RecursionError, AttributeError, TypeError):
                 numbers = False
