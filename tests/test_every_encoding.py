@@ -27,7 +27,9 @@ SCHEDULES = {
     "convolutions": {"posenc": "rope", "short_conv": True, "learn_qk_scale": True, "gate": "softplus"},
 }
 ALL = [*TRAINED, *SCHEDULES]
-FAST = [*ENCODINGS, "windows", "gates"]
+# One of each kind is tested always, all others with the slow tests: nothing, an addition to the embeddings, biases, a
+# rotation, logits, a memory, a schedule.
+FEW = ("none", "learned", "alibi", "t5", "rope", "fox", "transformer_xl", "windows")
 T = 16
 
 
@@ -62,7 +64,7 @@ def gradients(model, loss):
 
 
 @pytest.mark.parametrize(
-    "spec", [spec if spec in FAST else pytest.param(spec, marks=pytest.mark.slow) for spec in (*ENCODINGS, *SCHEDULES)]
+    "spec", [spec if spec in FEW else pytest.param(spec, marks=pytest.mark.slow) for spec in (*ENCODINGS, *SCHEDULES)]
 )
 def test_it_learns_in_bfloat16_and_resumes_exactly(spec, corpus, tmp_path, call_script, monkeypatch):
     """30 steps, and the last 15 of them once more from the checkpoint between, end in the same bits."""
@@ -106,10 +108,6 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
         model = model_of(spec)
         expected = gradients(model, model(tokens[:, :-1], tokens[:, 1:]).mean())
         assert nearly(torch.load(tmp_path / f"{index}.pt"), expected), spec
-
-
-# One of each kind: nothing, an addition to the embeddings, a bias, a rotation, logits, a memory.
-FEW = ("none", "sinusoidal", "alibi", "rope", "fox", "transformer_xl", "windows")
 
 
 @pytest.mark.parametrize("spec", [spec if spec in FEW else pytest.param(spec, marks=pytest.mark.slow) for spec in ALL])

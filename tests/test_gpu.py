@@ -85,6 +85,7 @@ def test_every_cell_has_a_figure(measured, tmp_path, capsys):
     assert "number of parameters" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_fails_is_an_empty_cell_and_a_line(measured, monkeypatch):
     step = timing.training_step
 
