@@ -94,11 +94,12 @@ def contestants(words, common, settings):
         if word.endswith(".py"):
             name, folder, own, argv = Path(word).stem, Path(word).stem, configs.read(word, Config), [word]
         else:
+            spec = configs.convert_flag(word, "posenc", Config)  # a list over the layers perhaps
             try:
-                posenc.parse(word)
+                posenc.members(spec)
             except ValueError as error:
                 raise UserError(f"{word} is no config file (FILE.py), and as an encoding: {error}") from None
-            name, folder, own, argv = word, report.slug(word), {"posenc": word}, [f"--posenc={word}"]
+            name, folder, own, argv = word, report.slug(word), {"posenc": spec}, [f"--posenc={word}"]
         if folder in named:
             raise UserError(f"two are called '{folder}': give the config files different names")
         argv = [*common, *argv, *(f"--{key}={value}" for key, value in settings.items())]

@@ -12,6 +12,7 @@ from tiny import ENV, ROOT, TINY
 
 import compare
 from core import runs
+from core.errors import UserError
 from core.settings import Config
 
 
@@ -190,3 +191,11 @@ def test_an_encoding_laid_over_a_base_is_named_with_all_that_is_in_force():
     assert rope.title(config) == config.posenc
     assert rope.title(Config(posenc="rope")) == "rope"
     assert file.title(config) == "a"
+
+
+def test_a_schedule_over_the_layers_is_a_contestant_too():
+    (one,) = compare.contestants(['["rope(window=8)", "none"]'], [], {})
+    assert one.settings["posenc"] == ["rope(window=8)", "none"] and one.folder == "rope-window-8-none"
+    assert one.argv == ['--posenc=["rope(window=8)", "none"]']
+    with pytest.raises(UserError, match="as an encoding: no positional encoding is called 'rop'"):
+        compare.contestants(['["rope", "rop"]'], [], {})
