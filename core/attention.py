@@ -91,8 +91,8 @@ def fused(encoding, parts, dropout=0.0, bias=None):
     """Attention by torch's fused kernel, for logits that the encoding leaves alone, or whose mask `bias` (H, T, S) is
     added to them. Without a mask, T is 1 or S."""
     (pairs,) = parts
-    bias, (q, k, v), (T, D) = pairs.seen if bias is None else bias, (pairs.q, pairs.k, pairs.v), pairs.v.shape[2:]
-    T = len(pairs.i)
+    bias, (q, k, v) = pairs.seen if bias is None else bias, (pairs.q, pairs.k, pairs.v)
+    T, D = len(pairs.i), v.shape[-1]
     if pairs.sink is not None:
         q, k, v, bias = with_sink(pairs.sink, q, k, v, bias)
     y = F.scaled_dot_product_attention(

@@ -125,7 +125,7 @@ def check(folder, tokenizer=None, fingerprint="", whole=False):
     """
     folder = Path(folder)
     try:
-        meta, times = read_meta(folder), {}
+        meta = read_meta(folder)
         ids = {split: read_ids(folder / f"{split}.bin", meta, split, tokenizer) for split in SPLITS}
         paths = [folder / f"{split}.bin" for split in SPLITS]
         times = [path.stat().st_mtime_ns for path in [*paths, folder / META]]
