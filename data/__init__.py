@@ -75,12 +75,12 @@ def open_dataset(config, tokenizer):
     for version in VERSIONS:  # A folder of an earlier version stays the one of the runs that began with it.
         key = hashlib.sha256(repr((version, signature, fingerprint, *around)).encode()).hexdigest()[:8]
         folder = Path(config.data_dir) / "tokens" / f"{name}-{key}"
-        if folder.exists():
+        if existed := folder.exists():
             break
     else:
         known = {"dataset": config.dataset, "tokenizer": config.tokenizer, "tokenizer_fingerprint": fingerprint}
         folders.prepare(folder, unchanged(source, config, signature), tokenizer, known)
-    ids, meta = folders.check(folder, tokenizer, fingerprint)
+    ids, meta = folders.check(folder, tokenizer, fingerprint, whole=not existed)  # what was just written is read back
     longest = max(length for _, length in config.phases)
     for split, tokens in ids.items():
         if len(tokens) <= longest:

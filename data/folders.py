@@ -64,7 +64,6 @@ def prepare(folder, documents, tokenizer, known):
         lock.release()
     tokens = [f"{meta['tokens'][split]:,}" for split in SPLITS]
     tqdm.write(f"{folder}: {tokens[0]} tokens for training, {tokens[1]} for validation", file=sys.stderr)
-    check(folder, tokenizer, whole=True)
 
 
 def write(folder, documents, tokenizer):
