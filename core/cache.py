@@ -9,7 +9,7 @@ from torch import Tensor
 from core.additions import BY_POSITION, factor
 from core.attention import visible
 from core.encoding import Pairs, Sight
-from core.errors import require
+from core.errors import UserError, require
 
 WHOLE, PIECE = 1 << 14, 512  # tokens that enter an empty cache at once, and one that holds some
 
@@ -108,8 +108,10 @@ class Cache(Past):
         return {name: x[:, :, index - 1 : index] for name, x in self.layers.get(layer, {}).items() if index}
 
     def recent(self, layer, count, **new):
-        tails = self.tails.setdefault(layer, super().recent(layer, count, **new))
-        before = {name: tail.clone() for name, tail in tails.items()}
+        tails = self.tails.setdefault(layer, {})
+        for name, zeros in super().recent(layer, count, **new).items():
+            tails.setdefault(name, zeros)
+        before = {name: tails[name].clone() for name in new}
         for name, x in new.items():
             tails[name].copy_(torch.cat((before[name], x), dim=2)[:, :, -count:])
         return before
@@ -268,8 +270,12 @@ class Call:
         There are two where a window has sinks: relative encodings meet those as if they lay just before the window
         (Xiao et al. 2023, StreamingLLM). At their true distance they would be farther than training showed.
         """
+        if self.band is not None and encoding.unbroken:
+            raise UserError(
+                f"{encoding.name} reads all tokens between a key and its query: it has no sinks; leave them out"
+            )
         i, j = (encoding.positions(pos, self.length) for pos in (self.pos, self.k_pos))
-        state = encoding.state(x, self.past.last(layer)) if encoding.has_state else {}
+        state = self.state(encoding, layer, x) if encoding.has_state else {}
         own = {name: x[:, :, -len(i) :] for name, x in state.items()}
         # Over a memory, k has the keys of all tokens already; a cache adds those of the tokens before.
         new = Pairs(q, k, v, i, i if k.shape[2] == len(i) else j, None, state, own, self.reach)
@@ -284,6 +290,13 @@ class Call:
         if self.near is None or not encoding.relative or encoding.positionless:
             return [pairs]
         return [replace(pairs, seen=self.band), self.sinks(encoding, new, held)]
+
+    def state(self, encoding, layer, x):
+        """What the encoding keeps for the tokens that entered the layer as x (B, M, C)."""
+        last = self.past.last(layer)
+        if encoding.recalls:
+            last = last | self.past.recent(layer, encoding.recalls, x=x[:, None])
+        return encoding.state(x, last)
 
     def sinks(self, encoding, new, held):
         """The Pairs of the queries and the sinks alone, with the queries at `near`. Keys `held` were rotated

@@ -94,9 +94,11 @@ class Encoding(nn.Module):
     # Logits do not change when all positions shift by the same amount: it may have segments, and sinks near a window.
     relative = False
     positionless = False  # no hook reads a position, as order enters through the causal mask or the content alone
+    unbroken = False  # it reads all tokens between a key and a query, so that sinks far before a window are refused
     turns_values = False  # `turn_values` is to be called
     rotate_once = True  # a rotated key stays true as the context grows, so the cache holds it rotated
     by_length = False  # it is scaled to the length of the whole context, so that what is asked for changes the text
+    recalls = 0  # inputs of attention before the present ones that `state` is given besides, for a short convolution
     chunk = math.inf  # the most queries that a CPU computes at once; lower it where logits cost much memory
     max_length = math.inf  # positions that exist are 0 ... max_length - 1
     way_out = ""  # what to do past max_length
@@ -193,7 +195,8 @@ class Encoding(nn.Module):
 
     def state(self, x, last):
         """The input of attention x (B, T, C), which is normalised -> {name: (B, H, T, any width)}, to be kept for every
-        token beside its key. last: that of the token before; {} at the beginning, and over a Memory, which is in x."""
+        token beside its key. last: that of the token before; {} at the beginning, and over a Memory, which is in x.
+        Where `recalls` is set, last["x"] (B, 1, recalls, C) are the inputs before x, zeros where there are none."""
         return {}
 
     def logits(self, pairs):

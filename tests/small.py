@@ -10,6 +10,8 @@ from model import GPT, GPTConfig
 CPU = Place(torch.device("cpu"), torch.float32)
 HALF = Place(torch.device("cpu"), torch.bfloat16)
 T = 16
+# What they keep for a token sums up all before it, so sinks stay where they were, whatever has been dropped since.
+SUMMED = ("fox", "selective_rope", "wall", "path")
 SIZES = dict(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, train_length=T, zero_init=False)
 
 

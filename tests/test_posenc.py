@@ -146,8 +146,8 @@ def test_relative_is_what_the_class_says(spec):
 @pytest.mark.parametrize("spec", [spec for spec in posenc.every() if spec != "none"])
 def test_position_matters(spec):
     """Swapping two tokens changes what comes later; without an encoding, one layer of attention does not see it, nor do
-    two feed-forward layers around it."""
-    model, tokens = model_of(spec, n_layer=2 if spec == "ffn" else 1), torch.randint(50, (1, 8))
+    two feed-forward layers around it. Nor does one layer with repo, whose places say what a token is alone."""
+    model, tokens = model_of(spec, n_layer=2 if spec in ("ffn", "repo") else 1), torch.randint(50, (1, 8))
     swapped = tokens.clone()
     tokens[0, 5:7], swapped[0, 5:7] = torch.tensor([1, 2]), torch.tensor([2, 1])
     before, after = (model(x, past=Cache(total=1024)) for x in (tokens, swapped))
