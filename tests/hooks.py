@@ -10,8 +10,8 @@ def pairs(q, k, v, i, j, seen=None, state=None, length=0):
     return Pairs(q, k, v, i, j, seen, state, {name: x[:, :, -len(i) :] for name, x in state.items()}, length)
 
 
-def rotate(encoding, q, k, i, j, length):
-    return encoding.rotate(pairs(q, k, k, i, j, length=length))
+def rotate(encoding, q, k, i, j, length, **state):
+    return encoding.rotate(pairs(q, k, k, i, j, state=state, length=length))
 
 
 def logits(encoding, q, k, i, j, seen, **state):

@@ -50,9 +50,10 @@ def ask(encoding, pos=APART, length=None):
     k_pos, groups = torch.tensor(pos), encoding.n_head // encoding.n_kv_head
     q_pos = k_pos[-QUERIES:]
     with torch.no_grad():
-        new_q, new_k = rotate(encoding, q, k, q_pos, k_pos, length or pos[-1] + 1)
+        state = encoding.state(x, {})
+        new_q, new_k = rotate(encoding, q, k, q_pos, k_pos, length or pos[-1] + 1, **state)
         new_k = new_k.repeat_interleave(groups, 1)
-        got = logits(encoding, new_q, new_k, q_pos, k_pos, k_pos <= q_pos[:, None], **encoding.state(x, {}))
+        got = logits(encoding, new_q, new_k, q_pos, k_pos, k_pos <= q_pos[:, None], **state)
     return got.tolist(), q.tolist(), k.repeat_interleave(groups, 1).tolist(), x.tolist()
 
 
