@@ -4,6 +4,7 @@ file here.
 absolute     added to the token embeddings, or inside the feed-forward layers
 biases       added to the logits, by distance
 content      added to the logits, by what the tokens say
+paths        by what the tokens say, and those between them
 rotary       turning queries and keys: what descends from rope
 randomized   other positions for any of them
 """

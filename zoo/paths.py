@@ -13,7 +13,7 @@ from torch import nn
 from core.encoding import Encoding
 from posenc import frequencies
 
-BLOCK = 64  # keys that path solves for together
+BLOCK = 32  # keys that path solves for together
 
 
 class RePo(Encoding):
@@ -26,7 +26,7 @@ class RePo(Encoding):
     number of keys: it rises as none does. The fused kernel stays. The authors leave the first 5 of 16 layers to rope,
     and tune a model that was trained with it, hence the base: `["rope", "repo", "repo", "repo"]`. Trap: a place
     says what a token is and not where, so one layer alone is as blind to order as none; it has to come from below, by
-    rope or the causal mask. Alive in 2026.
+    rope or the causal mask. In 2026 it is alive.
     """
 
     name = "repo"
@@ -62,7 +62,7 @@ class SelectiveRoPE(Encoding):
     once, so the fused kernel stays. Past T attention spreads as it does for none and rope; the angles themselves walk
     on as they did. Traps: the sum is in float32 at least, as a text of 10^5 tokens turns far; and without the
     convolution the authors' code takes differences of phi, whose sum is phi_t itself, which is repo's idea and not
-    this one. Alive in 2026; Mamba-3 has the same rotation.
+    this one. Mamba-3 has the same rotation. In 2026 it is alive.
     """
 
     name = "selective_rope"
@@ -109,7 +109,7 @@ class Wall(Encoding):
     query, those within it by halves, the second half of a block asking the first, down to single tokens. That holds
     for any gates. All is computed in float32 at least; the cache holds P, as wide as the keys of all heads. Past T
     what the gates let go is gone, and channels that keep everything spread as in none. Trap: logits shrink to 0 and
-    not to minus infinity, so what has faded is averaged over and not hidden. Alive in 2026.
+    not to minus infinity, so what has faded is averaged over and not hidden. In 2026 it is alive.
     """
 
     name = "wall"
@@ -149,16 +149,17 @@ class PaTH(Encoding):
         w_t = silu(conv(W2 W1 x_t)), of length 1, conv a causal convolution of every channel over 3 tokens
 
     ("PaTH attention".) r (C + H D) + H C parameters a layer, with rank r = 32; heads that share a key share w and b.
-    The products of a block of 64 keys are one triangular solve,
+    The products of queries with a block of 32 keys are one triangular solve,
 
         tril(QK') - tril(QW') (I + stril(B WW'))^-1 stril(B WK')
 
     and queries pass the blocks one after another, from the last to the first. Solves are in float32 at least: there are
-    none in half precision. The cache keeps k, w and b as they came, and every call passes over all of them, about three
-    products of none. (To update each key with every token would spare two of them, and needs a cache that rewrites
-    what it holds.) `forget` is PaTH-FoX: fox's gate is added, and divided by sqrt(D) with the rest, as the authors'
+    none in half precision. The cache keeps k, w and b as they came, and every token goes back over all blocks: decoded
+    after 2,000 others it takes ten times as long as with none. (Keys that each token rewrites, as the authors' cache
+    has them, would need one product; none here are rewritten.) Under a window there are no sinks, as what lies between
+    is lost. `forget` is PaTH-FoX: fox's gate is added, and divided by sqrt(D) with the rest, as the authors'
     code does. It can track states that attention alone cannot. Past T reflections go on as they were trained; far keys
-    are scattered and not hidden, so the loss rises unless they are forgotten. Alive in 2026.
+    are scattered and not hidden, so the loss rises unless they are forgotten. In 2026 it is alive.
     """
 
     name = "path"
@@ -260,17 +261,15 @@ def within(q, k, p):
 def reflected(q, k, w, b):
     """The products of the last T tokens' q (B, H, T, D) with keys k (B, H, S, D), which all tokens from the one after
     the key to the query reflect by w (B, H, S, D) and b (B, H, S, 1): (B, H, T, S). Any number for keys after it."""
-    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    T, S = q.shape[2], k.shape[2]
     size = min(BLOCK, S)
     k, w, b = (F.pad(x, (0, 0, 0, -S % size)).unflatten(2, (-1, size)) for x in (k, w, b))  # (B, H, blocks, size, any)
     meets = torch.ones(T, k.shape[2] * size, dtype=q.dtype, device=q.device).tril(S - T).split(size, dim=-1)
-    weighed = b * w
-    known = torch.cat(((weighed @ k.mT).tril(-1), weighed), dim=-1)
-    solved = torch.linalg.solve_triangular((weighed @ w.mT).tril(-1), known, upper=False, unitriangular=True)
-    logits = []
+    weighed, logits = b * w, []
+    on_keys, on_later = (weighed @ k.mT).tril(-1), (weighed @ w.mT).tril(-1)  # what each token takes from those before
     for block in reversed(range(k.shape[2])):
-        on_keys, on_queries = solved[:, :, block].split((size, D), dim=-1)
-        met = (q @ w[:, :, block].mT) * meets[block]  # 0 for tokens after the query
-        logits.append(q @ k[:, :, block].mT - met @ on_keys)
-        q = q - met @ on_queries  # as it arrives at the block before
+        met = (q @ w[:, :, block].mT) * meets[block]  # along each direction, 0 for tokens after the query
+        met = torch.linalg.solve_triangular(on_later[:, :, block], met, upper=False, left=False, unitriangular=True)
+        logits.append(q @ k[:, :, block].mT - met @ on_keys[:, :, block])
+        q = q - met @ weighed[:, :, block]  # as it arrives at the block before
     return torch.cat(logits[::-1], dim=-1)[..., :S]
