@@ -117,7 +117,8 @@ def shared_length(all_configs):
             raise UserError(f"{key} is not the same in all of them: their numbers would not compare")
     bases = dict.fromkeys(config.init_from for config in all_configs if config.init_from)
     before = [runs.load(base)["config"]["train_length"] for base in bases]
-    if all_configs[0].dataset in tasks.TASKS and len({*before, *(config.train_length for config in all_configs)}) > 1:
+    lengths = {*before, *(config.train_length for config in all_configs)}
+    if set(all_configs[0].datasets) & set(tasks.TASKS) and len(lengths) > 1:
         raise UserError("train_length must be the same in all of them: tasks are measured at multiples of their own")
     return min([*before, *(config.original_length or config.train_length for config in all_configs)])
 
@@ -130,6 +131,9 @@ def write(by_seed, seeds, T, command, place, options):
     lines = [*tables.tables(means), "", *tables.seeds_table(by_seed, seeds, key)]
     if key == "loss":
         lines += ["", *tables.ratio_table(means)]
+    for task in tables.tasks_of(means):
+        of_task = {name: [record["tasks"][task] for record in records] for name, records in by_seed.items()}
+        lines += ["", *tables.seeds_table(of_task, seeds, "exact", task)]
     all_runs = {name: dict(zip(map(str, seeds), records, strict=True)) for name, records in by_seed.items()}
     commits = sorted({record["commit"] for records in by_seed.values() for record in records})
     said = {"seeds": ", ".join(map(str, seeds)), "measured at": ", ".join(commits)}
