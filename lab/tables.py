@@ -200,6 +200,9 @@ def pictures(folder, records, seeds=()):
             by_position[name] = [middle / record["train_length"] for middle in middles], loss
         if by_multiple(record, "entropy"):
             spread[name] = curve(record, "entropy")
+    for task in tasks_of(records):
+        of_seeds = {name: [record["tasks"][task] for record in seeds[name]] for name in seeds}
+        picture(folder / f"exact-{task}.png", of_task(records, task), of_seeds)
     if by_position:
         labels = "position / training length", "loss (nats per token)"
         report.lines(folder / "position.png", by_position, *labels, mark_x=1)
