@@ -63,5 +63,5 @@ class Randomized(Encoding):
 DELEGATED = (
     "embed", "ffn", "rotate", "distance_bias", "bias", "state", "logits", "values",
     "turn_values", "turns_values",
-    "embeds", "biases", "has_state", "recalls", "writes_out", "shared", "chunk", "max_length", "way_out",
+    "embeds", "biases", "has_state", "recalls", "unbroken", "writes_out", "shared", "chunk", "max_length", "way_out",
 )  # fmt: skip
