@@ -59,10 +59,10 @@ class SelectiveRoPE(Encoding):
     x' is x with the slice of every head normalised to length 1, W2 W1 a product of `rank` r, conv a causal convolution
     of every channel over `taps` tokens. `bias` adds exp(b) to phi and `gate` multiplies it by a sigmoid of x', one for
     a head: phi = 1 is rope. r (C + H D/2) parameters a layer; query heads that share a key share its angles. Turned
-    once, so the fused kernel stays. Past T attention spreads as it does for none and rope; the angles themselves walk
-    on as they did. Traps: the sum is in float32 at least, as a text of 10^5 tokens turns far; and without the
-    convolution the authors' code takes differences of phi, whose sum is phi_t itself, which is repo's idea and not
-    this one. Mamba-3 has the same rotation. In 2026 it is alive.
+    once, so the fused kernel stays. Past T the loss rises as rope's does: phases have a mean, and the slow pairs reach
+    sums that training never showed. Traps: the sum is in float32 at least, as a text of 10^5 tokens turns far; and
+    without the convolution the authors' code takes differences of phi, whose sum is phi_t itself, which is repo's idea
+    and not this one. Mamba-3 has the same rotation. In 2026 it is alive.
     """
 
     name = "selective_rope"
@@ -108,8 +108,8 @@ class Wall(Encoding):
     is anchored between its queries and its keys, where both factors are at most 1: the keys before a call at its first
     query, those within it by halves, the second half of a block asking the first, down to single tokens. That holds
     for any gates. All is computed in float32 at least; the cache holds P, as wide as the keys of all heads. Past T
-    what the gates let go is gone, and channels that keep everything spread as in none. Trap: logits shrink to 0 and
-    not to minus infinity, so what has faded is averaged over and not hidden. In 2026 it is alive.
+    what the gates let go is gone, and what they keep spreads over more keys: the loss rises slowly. Trap: logits shrink
+    to 0 and not to minus infinity, so what has faded is averaged over and not hidden. In 2026 it is alive.
     """
 
     name = "wall"
@@ -157,9 +157,9 @@ class PaTH(Encoding):
     none in half precision. The cache keeps k, w and b as they came, and every token goes back over all blocks: decoded
     after 2,000 others it takes ten times as long as with none. (Keys that each token rewrites, as the authors' cache
     has them, would need one product; none here are rewritten.) Under a window there are no sinks, as what lies between
-    is lost. `forget` is PaTH-FoX: fox's gate is added, and divided by sqrt(D) with the rest, as the authors'
-    code does. It can track states that attention alone cannot. Past T reflections go on as they were trained; far keys
-    are scattered and not hidden, so the loss rises unless they are forgotten. In 2026 it is alive.
+    is lost. `forget` is PaTH-FoX: fox's gate is added, and divided by sqrt(D) with the rest, as in the authors' code.
+    Reflections can track states that attention alone cannot. Past T far keys are scattered and not hidden, so the loss
+    rises slowly unless they are forgotten, which keeps it flat. In 2026 it is alive.
     """
 
     name = "path"
