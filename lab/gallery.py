@@ -115,7 +115,9 @@ def probe(encoding, length, count=64):
     seen = torch.ones(1, length, dtype=torch.bool)
     pairs = Pairs(same.repeat_interleave(groups, 1), keys, keys, pos[-1:], pos, seen, state, own, length)
     q, k = encoding.rotate(pairs)
-    logits = encoding.logits(replace(pairs, q=q, k=k.repeat_interleave(groups, 1)))
+    pairs = replace(pairs, q=q, k=k.repeat_interleave(groups, 1))
+    logits = encoding.logits(pairs)
+    logits = encoding.weights(logits, [pairs]).log() if encoding.weighs else logits
     logits = logits[:, :, 0].mean(0).flip(-1)  # (H, length)
     return logits - logits[:, :1]
 
