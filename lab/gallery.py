@@ -160,6 +160,7 @@ def page(config, pictures):
         "",
         f"The pictures span {SEEN} T, with a dashed line at T. They show, for the first layer of each model, how the",
         "logits of the last query change over keys that are all equal (the mean of random vectors); or what is added.",
+        "Where the weights are no softmax, their logarithm stands for the logits.",
     ]
     for name, cls in ENCODINGS.items():
         lines += ["", f"## {name}", "", inspect.cleandoc(cls.__doc__)]

@@ -20,8 +20,8 @@ T = 16  # the training length of the encodings here
 
 @pytest.mark.parametrize(("chunk_len", "window"), [(0, 0), (7, 3), (4, 6), (5, 1)])
 def test_dca(chunk_len, window):
-    # An et al. 2024, section 3; chunkllama_attn_replace.py in HKUNLP/ChunkLlama, whose chunk_size is c + w here. Its
-    # queries for all chunks before the last one stand at the last place of a chunk, moved on by c and then clamped.
+    # An et al. 2024 (arXiv 2402.17463); chunkllama_attn_replace.py in HKUNLP/ChunkLlama, whose chunk_size is c + w here.
+    # For all chunks before the last, its queries stand at the last place of a chunk, moved on by c and then clamped.
     encoding = make(f"dca(chunk_len={chunk_len}, window={window})")
     w = window or T // 8
     c = chunk_len or T * 3 // 4 - T // 8
@@ -36,7 +36,7 @@ def test_dca(chunk_len, window):
 
 @pytest.mark.parametrize(("window", "local"), [(0, 0), (9, 4), (6, 6)])
 def test_string(window, local):
-    # An et al. 2024 (arXiv 2410.18745), section 4; string_for_qwen2.py in HKUNLP/STRING, in the form that reads from a
+    # An et al. 2024 (arXiv 2410.18745); string_for_qwen2.py in HKUNLP/STRING, in the form that reads from a
     # cache: s keys at their distance, all before at i - s + w.
     encoding = make(f"string(window={window}, local={local})")
     s, w = window or int(0.33 * T), local or 1
@@ -106,8 +106,8 @@ def stick(logits, own, rest):
 @pytest.mark.parametrize("rest", ["own", "nowhere"])
 @pytest.mark.parametrize("pos", [BESIDE, APART])
 def test_stick_breaking(rest, pos):
-    # Tan et al. 2024, equation 3; stickbreaking_attention/sb_ref.py in shawntan/stickbreaking-attention with the mask
-    # of its tests, which hides a query's own key, and gives the own value what is left ("rem").
+    # Tan et al. 2024 (arXiv 2410.17980); sb_ref.py in shawntan/stickbreaking-attention, with the mask of its tests, which
+    # hides a query's own key, and gives the own value what is left ("rem").
     encoding = make(f"stick_breaking(rest={rest!r})")
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(2, 4, QUERIES, 8, dtype=torch.float64, generator=generator)
@@ -171,8 +171,8 @@ def test_a_learned_sink_is_refused_where_there_is_no_softmax():
 
 
 def test_pose():
-    # Zhu et al. 2023, section 3.2; train_preprocess_function_pose in dwzhu-pku/PoSE (src/train_pose.py): the first part
-    # has 1 ... (T + 1) // 2 tokens and begins at 0, the second is moved by 0 ... L - T, both ends included.
+    # Zhu et al. 2023 (arXiv 2309.10400); train_preprocess_function_pose in dwzhu-pku/PoSE (src/train_pose.py): the first
+    # part has 1 ... (T + 1) // 2 tokens and begins at 0, the second is moved by 0 ... L - T, both ends included.
     encoding = make("randomized(form='pose', length=20)").train()
     index, found = torch.arange(T), set()
     for seed in range(600):

@@ -192,7 +192,8 @@ def by_row(x, table, row):
 
 
 class StickBreaking(Encoding):
-    """Stick-breaking attention: going back, each key takes a share of what the nearer ones left (Tan et al. 2024).
+    """Stick-breaking attention: going back, each key takes a share of what the nearer ones left (Tan et al. 2024,
+    arXiv 2410.17980).
 
         w_ij = sigmoid(s_ij) prod_{j < t < i} (1 - sigmoid(s_it)),  s_ij = q_i k_j / sqrt(D),  w_ii = what is left
 
@@ -201,6 +202,8 @@ class StickBreaking(Encoding):
     as sums of logarithms in float32; costs the fused kernel. Past T more keys change nothing for a head that has spent
     its stick, so the loss stays flat. Traps: 1 minus the sum of the weights is rounding once the stick is short, where
     the sum of logarithms is exact; and a plain running product underflows, and has no gradient then.
+
+    In 2026 it is alive.
     """
 
     name = "stick_breaking"

@@ -23,13 +23,15 @@ class Randomized(Encoding):
     loss is worse than with the inner encoding, since neighbours are rarely one apart. Past T every position has been
     met, but strides as short as the test's were rare: the loss is nearly flat to 2 T, and then rises.
 
-    `form="pose"` is PoSE (Zhu et al. 2023, section 3.2), which tunes a trained model for contexts of L on windows of T:
+    `form="pose"` is PoSE (Zhu et al. 2023, arXiv 2309.10400), which tunes a trained model for L on windows of T:
 
         train: r tokens at 0 ... r - 1, the others shifted by u,  r ~ U(1, (T+1)/2), u ~ U(0, L - T), for every step
         test:  0, 1, 2, ...
 
     Neighbours stay one apart, but for one gap, so every distance below L is met and those within a sentence are as
     they were. The authors also take the text behind the gap from further on in its document; here it follows on.
+
+    In 2026 it is history, and PoSE a control.
     """
 
     name = "randomized"

@@ -72,6 +72,8 @@ class ReRoPE(RoPE):
     For a trained rope model, at test time: `--posenc=rerope`. `window` w is T/2 unless given. No distance past T is
     ever met, so the loss stays near its value at T; all far keys look equally far. Costs two products of queries
     and keys and the fused kernel.
+
+    In 2026 it is history.
     """
 
     name = "rerope"
@@ -118,6 +120,8 @@ class SelfExtend(ReRoPE):
     For a trained rope model, at test time: `--posenc=self_extend`. `window` w is T/2 unless given; distances stay
     below T up to a context of w + (T - w) G, 16.5 T for the default `group` G. Costs what ReRoPE costs. Trap:
     rounding i and j down each by itself makes it not quite a function of i - j.
+
+    In 2026 it is history.
     """
 
     name = "self_extend"
@@ -135,17 +139,19 @@ class SelfExtend(ReRoPE):
 
 class DCA(ReRoPE):
     """Dual chunk attention: no distance is larger than those that training showed, and near ones are exact (An et al.
-    2024, section 3).
+    2024a, arXiv 2402.17463).
 
         n' = n                                 for j in the chunk of i, c tokens each
              min(i mod c + c, c + w) - j mod c  for j in the chunk before: exact for n <= w
              c + w - j mod c                    for j further off
 
-    For a trained rope, at test time: `--posenc=dca`; Qwen2 and Qwen2.5-1M ship it, beside yarn. As in the authors' code
-    `chunk_len` c is 5 T/8 and `window` w is T/8 unless given, so that n' stays within 3 T/4; its factor on cos and sin
-    for long contexts is left out, as in the paper's results. Costs three products of queries and keys and the fused
-    kernel. Up to c tokens it is rope. Past T the loss stays near its value at T; of a far key it knows the place within
-    its chunk, and not which chunk. Trap: it is no function of i - j.
+    For a trained rope model, at test time: `--posenc=dca`. As in the authors' code `chunk_len` c is 5 T/8 and `window`
+    w is T/8 unless given, so that n' stays within 3 T/4; that code's factor on cos and sin for long contexts, of which
+    it says that the paper had none, is left out. Costs three products of queries and keys and the fused kernel. Up to c
+    tokens it is rope. Past T the loss stays near its value at T; of a far key it knows the place within its chunk, and
+    not which chunk. Trap: it is no function of i - j.
+
+    In 2026 it is alive: Qwen2.5-1M's configuration asks for it.
     """
 
     name = "dca"
@@ -168,7 +174,7 @@ class DCA(ReRoPE):
 
 class STRING(ReRoPE):
     """STRING: the last distances within T, which training rarely showed, are replaced by those it showed most (An et
-    al. 2024, "Why does the effective context length of LLMs fall short?", section 4).
+    al. 2024b, arXiv 2410.18745).
 
         n' = n for n < s, else n - s + w
 
@@ -178,6 +184,8 @@ class STRING(ReRoPE):
     from s - 1 to w, so that two distances share an angle, and for w = 0 the key at s would look like the query's own;
     the authors' code for whole texts meets that key twice. Theirs for Llama also multiplies cos and sin by .1 ln 2 + 1;
     theirs for Qwen2 does not, nor does this.
+
+    In 2026 it is a control.
     """
 
     name = "string"
