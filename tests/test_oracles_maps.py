@@ -20,7 +20,7 @@ T = 16  # the training length of the encodings here
 
 @pytest.mark.parametrize(("chunk_len", "window"), [(0, 0), (7, 3), (4, 6), (5, 1)])
 def test_dca(chunk_len, window):
-    # An et al. 2024 (arXiv 2402.17463); chunkllama_attn_replace.py in HKUNLP/ChunkLlama, whose chunk_size is c + w here.
+    # An et al. 2024 (arXiv 2402.17463); chunkllama_attn_replace.py in HKUNLP/ChunkLlama, its chunk_size being c + w.
     # For all chunks before the last, its queries stand at the last place of a chunk, moved on by c and then clamped.
     encoding = make(f"dca(chunk_len={chunk_len}, window={window})")
     w = window or T // 8
@@ -106,7 +106,7 @@ def stick(logits, own, rest):
 @pytest.mark.parametrize("rest", ["own", "nowhere"])
 @pytest.mark.parametrize("pos", [BESIDE, APART])
 def test_stick_breaking(rest, pos):
-    # Tan et al. 2024 (arXiv 2410.17980); sb_ref.py in shawntan/stickbreaking-attention, with the mask of its tests, which
+    # Tan et al. 2024 (arXiv 2410.17980); sb_ref.py in shawntan/stickbreaking-attention, with the mask of its tests, that
     # hides a query's own key, and gives the own value what is left ("rem").
     encoding = make(f"stick_breaking(rest={rest!r})")
     generator = torch.Generator().manual_seed(1)
@@ -171,7 +171,7 @@ def test_a_learned_sink_is_refused_where_there_is_no_softmax():
 
 
 def test_pose():
-    # Zhu et al. 2023 (arXiv 2309.10400); train_preprocess_function_pose in dwzhu-pku/PoSE (src/train_pose.py): the first
+    # Zhu et al. 2023 (arXiv 2309.10400); train_preprocess_function_pose in dwzhu-pku/PoSE (train_pose.py): the first
     # part has 1 ... (T + 1) // 2 tokens and begins at 0, the second is moved by 0 ... L - T, both ends included.
     encoding = make("randomized(form='pose', length=20)").train()
     index, found = torch.arange(T), set()
