@@ -106,8 +106,8 @@ def stick(logits, own, rest):
 @pytest.mark.parametrize("rest", ["own", "nowhere"])
 @pytest.mark.parametrize("pos", [BESIDE, APART])
 def test_stick_breaking(rest, pos):
-    # Tan et al. 2024 (arXiv 2410.17980); sb_ref.py in shawntan/stickbreaking-attention, with the mask of its tests, that
-    # hides a query's own key, and gives the own value what is left ("rem").
+    # Tan et al. 2024 (arXiv 2410.17980); sb_ref.py in shawntan/stickbreaking-attention; the mask is that of its tests:
+    # it hides a query's own key, whose value gets what is left ("rem").
     encoding = make(f"stick_breaking(rest={rest!r})")
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(2, 4, QUERIES, 8, dtype=torch.float64, generator=generator)
@@ -195,7 +195,7 @@ def test_pose_at_test_time_is_its_inner_encoding():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", ["dca", "string", "stick_breaking", "randomized(form='pose')"])
+@pytest.mark.parametrize("spec", ["dca", "string", "stick_breaking(rest='nowhere')", "randomized(form='pose')"])
 @pytest.mark.parametrize("window", [None, 11])
 def test_chunks_of_queries_and_pieces_of_a_cache_are_the_whole(spec, window, monkeypatch):
     model, tokens = of(spec), torch.randint(50, (2, 5 * T), generator=torch.Generator().manual_seed(1))

@@ -210,7 +210,6 @@ class StickBreaking(Encoding):
     arguments = {"rest": ("own", "nowhere")}
     relative = True
     positionless = True  # The order of the keys is their nearness; positions only tell which one is the query's own.
-    variants = ('stick_breaking(rest="nowhere")',)
 
     def weights(self, logits, parts):
         (pairs,) = parts
