@@ -1,7 +1,7 @@
 """The settings of a run: one dataclass, whose comments are the lines of `--help`."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import posenc
 from core.errors import UserError, require, require_range
@@ -20,7 +20,7 @@ class Config(GPTConfig):
     usage: ClassVar[str] = "python train.py [configs/FILE.py ...] [--key=value ...]"
 
     # The text that it learns from.
-    dataset: Dataset = "python"  # the corpus ('text' is your own, named with --text), or a task of data/tasks.py
+    dataset: Dataset | list = "python"  # a corpus ('text' is yours, see --text) or task; mixed: '["python", "recall"]'
     text: str | list = ""  # your file or folder, for dataset = "text"; several: --text='["a.txt", "b/"]'
     packages: bool = False  # python data set: also the source of site-packages
     shards: int = 1  # fineweb data set: files of 100 million tokens each, 1 to 9
@@ -70,9 +70,12 @@ class Config(GPTConfig):
         levels = self.schedule == "cosine" or self.warmup + self.decay <= 1
         require(levels, "warmup and decay must not exceed 1 together")
         require(isinstance(self.text, str) or all(isinstance(path, str) for path in self.text), "text must list paths")
-        require(bool(self.text) == (self.dataset == "text"), "--text=PATH and --dataset=text go together")
-        require(not self.packages or self.dataset == "python", "--packages goes with --dataset=python")
-        require(self.shards == 1 or self.dataset == "fineweb", "--shards goes with --dataset=fineweb")
+        names = self.datasets
+        known = ", ".join(get_args(Dataset))
+        require(names and all(name in get_args(Dataset) for name in names), f"dataset must list some of {known}")
+        require(bool(self.text) == ("text" in names), "--text=PATH and --dataset=text go together")
+        require(not self.packages or "python" in names, "--packages goes with --dataset=python")
+        require(self.shards == 1 or "fineweb" in names, "--shards goes with --dataset=fineweb")
         require(self.segments == 1 or not self.length_schedule, "segments and length_schedule exclude each other")
         # A memory's first tokens would be mixed with none, where those before them have left.
         require(self.segments == 1 or not self.short_conv, "segments and short_conv exclude each other")
@@ -95,6 +98,11 @@ class Config(GPTConfig):
         require(last == self.train_length, f"length_schedule ends at {last}: set train_length={last} too")
         for length in lengths:
             require(last % length == 0, f"length_schedule: {length} does not divide the last length, {last}")
+
+    @property
+    def datasets(self):
+        """The names of the data sets, [name, ...]: one, or those that are mixed."""
+        return self.dataset if isinstance(self.dataset, list) else [self.dataset]
 
     @property
     def phases(self):
