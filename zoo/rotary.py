@@ -148,8 +148,8 @@ class DCA(ReRoPE):
     For a trained rope model, at test time: `--posenc=dca`. As in the authors' code `chunk_len` c is 5 T/8 and `window`
     w is T/8 unless given, so that n' stays within 3 T/4; that code's factor on cos and sin for long contexts, of which
     it says that the paper had none, is left out. Costs three products of queries and keys and the fused kernel. Up to c
-    tokens it is rope. Past T the loss stays near its value at T; of a far key it knows the place within its chunk, and
-    not which chunk. Trap: it is no function of i - j.
+    tokens it is rope. Past T the loss rises slowly, as rerope's does: of a far key it knows the place within its chunk,
+    and not which chunk. Trap: it is no function of i - j.
 
     In 2026 it is alive: Qwen2.5-1M's configuration asks for it.
     """
