@@ -111,7 +111,7 @@ class ScaleInvariant(RoPE):
     every n, and few of them take it. No parameters; a by itself is new, while m is kerple's log form with r1 = 2 and
     r2 = 1/tau. The factor gives up the fused kernel, but where a GPU reads tables of distances. It stands over the
     p-RoPE that its authors train with it, `base` and `fraction` being rope's, and fraction=0 leaves it alone. Past T
-    it is the best of their table, in loss and in retrieval. Trap: the variance of S is one with `--qk_norm`, and
+    its loss is flat in their table, and so is retrieval. Trap: the variance of S is one with `--qk_norm`, and
     anything without; then a and m do not belong to each other.
 
     In 2026 it is alive.

@@ -1,8 +1,8 @@
 """Logits that depend on what the tokens say: biases by content, and rules in place of q k / sqrt(D).
 
-The hook is `logits(pairs)`: all of the logits (B, H, T, S), from queries, keys, their positions, and what
-`state(x, last)` keeps for every token beside its key, and `asks(x)` gives to queries alone. It gives up the fused kernel, which computes q k / sqrt(D) and
-no more. `values(weights, pairs)` is the output of attention, to which shaw adds.
+The hook is `logits(pairs)`: all of the logits (B, H, T, S), from queries, keys, their positions, what `state(x, last)`
+keeps for every token beside its key, and what `asks(x)` gives to queries alone. It gives up the fused kernel, which
+computes q k / sqrt(D) and no more. `values(weights, pairs)` is the output of attention, to which shaw adds.
 """
 
 import math
@@ -196,9 +196,9 @@ class GrapeA(Encoding):
         b = -n m_h softplus(o_h) (softplus(v_h q_i / sqrt(D)) + softplus(u_h k_j / sqrt(D))),  m_h alibi's slopes
 
     u, v are of length one, whatever the parameters, which start from N(0, 1/D); softplus(o) starts at 1. H (2D + 1)
-    parameters a layer. At first it is about alibi times 1.4. Past T the loss stays flat, as there. Traps: a weight that
-    no distance multiplies costs nothing near by, so a key far back is forgotten whatever it says; and in half precision
-    slopes times distances merge, so that both are in float32.
+    parameters a layer. At first it is about alibi times 1.4. The cost is that of a few sums of B H T S elements. Past T
+    far keys fade as in alibi, but no key can refuse to: the factor is never zero. Trap: half precision would merge
+    slopes times distances, so both are in float32.
 
     In 2026 it is alive.
     """

@@ -76,8 +76,8 @@ class PoPE(Encoding):
     In rope the angle between a pair of q and one of k is content as well as position, and either can pass for the
     other; here no length depends on where, and no angle on what. H D parameters a layer, the phases d in -2 pi ... 0,
     zero at first or, with start="uniform", anywhere in there. The fused kernel stays, over queries and keys of 2D
-    numbers, (u cos, u sin), and values padded to that; the cache holds keys of twice the width. Past T its authors
-    report that perplexity stays where rope's rises; slow channels do meet new angles there, as rope's do. Traps: the
+    numbers, (u cos, u sin), and values padded to that; the cache holds keys of twice the width. Past T the slow channels
+    meet new angles, as rope's do; its authors claim that it extrapolates all the same. Traps: the
     logits are still divided by sqrt(D) and not sqrt(2D); theirs turns keys by d, and here queries turn back, which is
     the same where each head has keys of its own, and serves heads that share them; a temper multiplies what comes out,
     as softplus(f q) is not f softplus(q), but qk_scale acts inside.
