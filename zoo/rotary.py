@@ -74,13 +74,13 @@ class PoPE(Encoding):
         S = sum_c softplus(q_c) softplus(k_c) cos(n w_c - d_hc) / sqrt(D),  w_c = base^(-c/D),  c = 0 ... D-1
 
     In rope the angle between a pair of q and one of k is content as well as position, and either can pass for the
-    other; here no length depends on where, and no angle on what. H D parameters a layer, the phases d in -2 pi ... 0,
+    other; here no length depends on where, and no angle on what. H D parameters a layer: the phases d in -2 pi ... 0,
     zero at first or, with start="uniform", anywhere in there. The fused kernel stays, over queries and keys of 2D
-    numbers, (u cos, u sin), and values padded to that; the cache holds keys of twice the width. Past T the slow channels
-    meet new angles, as rope's do; its authors claim that it extrapolates all the same. Traps: the
-    logits are still divided by sqrt(D) and not sqrt(2D); theirs turns keys by d, and here queries turn back, which is
-    the same where each head has keys of its own, and serves heads that share them; a temper multiplies what comes out,
-    as softplus(f q) is not f softplus(q), but qk_scale acts inside.
+    numbers, (u cos, u sin), and values padded to as many; the cache holds keys of twice the width. Past T the slow
+    channels meet new angles, as rope's do; its authors claim that it extrapolates all the same. Traps: the logits are
+    still divided by sqrt(D) and not sqrt(2D); theirs turns keys by d, and here queries turn back, which is the same
+    where each head has keys of its own, and serves heads that share them; a temper multiplies what comes out, as
+    softplus(f q) is not f softplus(q), but qk_scale acts inside.
 
     In 2026 it is alive.
     """
