@@ -234,6 +234,7 @@ def test_scaled_logits_take_the_form_that_can_hold_them(monkeypatch):
     assert attention.choose(encoding, [pairs(half, half, half, pos, pos)], 0.0) is attention.flex
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_table_of_a_kernel_holds_factors_and_biases(monkeypatch):
     """torch's own definition of flex_attention, uncompiled, of what `flex` hands to it."""
     monkeypatch.setattr(attention, "compiled_flex", lambda: attention.flex_attention)
