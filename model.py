@@ -27,7 +27,7 @@ from core.norms import RMSNorm
 class GPTConfig:
     """The model's settings. The comment beside a setting is its line in `--help`."""
 
-    posenc: str | list = "rope"  # positional encoding: a name, name(argument=value), or a list cycled over the layers
+    posenc: str | list = "rope"  # encoding: name, name(argument=value), or layers in turn, '["rope(window=9)", "none"]'
     train_length: int = 128  # T, the context length in tokens that training sees
     original_length: int = 0  # training length of the weights, to which positions are scaled; 0 means train_length
     vocab_size: int = 0  # tokens in the vocabulary; 0 takes the tokenizer's
@@ -113,8 +113,8 @@ class Attention(nn.Module):
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if self.qk_scale is not None or self.fixed_scale != 1:
             q = q * (self.fixed_scale if self.qk_scale is None else self.qk_scale.to(q.dtype))
-        q = call.temper(q, self.temper_kind, self.train_length, self.temper, x_now)
-        parts = call.parts(encoding, self.layer, q, k, v, x, self.sink_logit)
+        temper = call.temper(q, self.temper_kind, self.train_length, self.temper, x_now)
+        parts = call.parts(encoding, self.layer, (q, k, v), x, temper, self.sink_logit)
         y = attend(encoding, parts, self.dropout if self.training else 0.0).transpose(1, 2)  # (B, T, H, D)
         if self.gate is not None:
             y = additions.gated(y, self.gate_kind, F.linear(x_now, self.gate))

@@ -127,7 +127,7 @@ def covers_the_run(schedule):
 class Reading:
     """Options for reading a finished run: an encoding or a window laid over it at test time, and the device."""
 
-    posenc: str | list = ""  # another encoding, or arguments for the run's own; scaling="none" turns a scaling off
+    posenc: str | list = ""  # another encoding, arguments for the run's own, or by layer '["rope(window=64)", "none"]'
     window: int = 0  # attend to the last WINDOW tokens alone, over a cache that stays that small; 0 means to all
     sinks: int = 0  # with a window, keep the first SINKS tokens in sight too
     log_n: bool = False  # multiply queries by ln n / ln T where they see n > T tokens

@@ -35,7 +35,7 @@ def rotation(model):
     """The RoPE that all layers share; UserError where they have none, or more than it."""
     inner = [encoding.inner if isinstance(encoding, Randomized) else encoding for encoding in model.posenc]
     ropes = [encoding for encoding in inner if isinstance(encoding, RoPE)]
-    if len({id(encoding) for encoding in inner}) == 1 and ropes and not ropes[0].writes_out:
+    if len({id(encoding) for encoding in inner}) == 1 and ropes and not (ropes[0].writes_out or ropes[0].scales):
         return ropes[0]
     why = "does more than turn the pairs of all layers alike" if ropes else "has none"
     raise UserError(f"--frequencies looks at rotations: {model.config.posenc} {why}; name runs of rope or xpos")
@@ -58,7 +58,7 @@ def contributions(q, k, dims):
 def wavelengths(model):
     """(P,) float64: the tokens in which each pair makes a turn, in a context of T; inf where it does not turn."""
     rope, T = rotation(model), model.config.train_length
-    frequency, _ = rope.frequency(T, torch.float64)
+    frequency = rope.frequency(T, torch.float64)[0].detach()
     still = (rope.head_dim - rope.dims + 1) // 2
     first, second = model.posenc[0].positions(torch.arange(2), T).tolist()  # `randomized` takes long steps
     return 2 * math.pi / (second - first) / F.pad(frequency, (0, still))
@@ -219,14 +219,20 @@ def pair_table(records):
     return pivot(["pair", "wavelength, tokens", "turns in T"], cells)
 
 
+def layers(record):
+    """What every layer is called: its number and, under a list over the layers, its member."""
+    spec, numbers = record["posenc"], range(len(record["q_norm"]))
+    return [str(n + 1) if isinstance(spec, str) else f"{n + 1}, {spec[n % len(spec)]}" for n in numbers]
+
+
 def layer_table(records):
     """Means over heads, by layer and thirds of the pairs; and the largest pairs, with the runs that agree on each."""
     P = len(records[0]["turns"])
     thirds, cells = torch.arange(P).tensor_split(min(3, P)), []
     for name, title in MEASURES.items():
-        for layer in range(len(records[0][name])):
+        for layer, called in enumerate(layers(records[0])):
             by_pair = torch.stack([record[name][layer].mean(0) for record in records])  # (runs, P)
-            labels = title, str(layer + 1)
+            labels = title, called
             cells += [(labels, f"pairs {between(part.tolist())}", beside(by_pair[:, part].mean(1))) for part in thirds]
             cells.append((labels, "largest pairs", largest(by_pair.abs())))
     return pivot(["mean over heads", "layer"], cells)
@@ -270,8 +276,8 @@ def pictures(folder, group):
     for name in ("q_norm", "k_norm", "absolute"):
         mean = torch.stack([record[name] for record in group.values()]).mean(0)  # (n_layer, heads, P)
         rows = F.pad(mean, (0, 0, 0, 1), value=math.nan)  # a gap after every layer
-        layers, tall = rows.shape[:2]
-        of_layers = {layer * tall + (tall - 1) / 2: f"layer {layer + 1}" for layer in range(layers)}
+        tall = rows.shape[1]
+        of_layers = {n * tall + (tall - 1) / 2: f"layer {called}" for n, called in enumerate(layers(first))}
         report.heat(
             Path(folder) / f"{slug}-{name}.png",
             rows.flatten(0, 1)[:-1].numpy(), "pair (right of the dashed line: less than one turn in T)",
