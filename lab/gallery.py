@@ -104,7 +104,8 @@ def speeds(specs, options, place):
 @torch.no_grad()
 def probe(encoding, length, count=64):
     """The logits of a query at the end of `length` tokens whose keys are all equal, over the distance (H, length), less
-    that at distance 0. The mean for `count` random vectors, which queries, keys and heads share."""
+    that at distance 0; or the logarithms of weights that are no softmax, less that at distance 1, as a query's own key
+    has what is left. The mean for `count` random vectors, which queries, keys and heads share."""
     generator = torch.Generator().manual_seed(0)
     pos = encoding.positions(torch.arange(length), length)
     same = torch.randn(count, 1, 1, encoding.head_dim, generator=generator).expand(-1, encoding.n_kv_head, -1, -1)
@@ -118,8 +119,8 @@ def probe(encoding, length, count=64):
     pairs = replace(pairs, q=q, k=k.repeat_interleave(groups, 1))
     logits = encoding.logits(pairs)
     logits = encoding.weights(logits, [pairs]).log() if encoding.weighs else logits
-    logits = logits[:, :, 0].mean(0).flip(-1)  # (H, length)
-    return logits - logits[:, :1]
+    logits, first = logits[:, :, 0].mean(0).flip(-1), int(encoding.weighs)  # (H, length)
+    return logits - logits[:, first : first + 1]
 
 
 @torch.no_grad()
