@@ -25,13 +25,14 @@ def written_out(encoding, parts, dropout=0.0):
         y_i = sum_j w_ij v_j,  w_i = softmax over j of s_ij,  s_ij = q_i k_j / sqrt(D) + what the encoding adds
 
     The keys of several parts stand side by side. A sink's logit stands in the sum of the softmax, and has no value.
+    An encoding may have weights of its own in the place of the softmax.
     """
     parts = [ready(part) for part in parts]
     logits, sizes = [masked_logits(encoding, part) for part in parts], [len(part.j) for part in parts]  # (B, H, T, S)
     if parts[0].sink is not None:
         logits.append(parts[0].sink.to(logits[0].dtype).view(-1, 1, 1).expand(*logits[0].shape[:3], 1))
-    weights = (logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)).softmax(-1)[..., : sum(sizes)]
-    weights = F.dropout(weights.to(parts[0].v.dtype), dropout)
+    weights = encoding.weights(logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1), parts)
+    weights = F.dropout(weights[..., : sum(sizes)].to(parts[0].v.dtype), dropout)
     shares = [weights] if len(parts) == 1 else weights.split(sizes, dim=-1)
     return functools.reduce(torch.add, map(encoding.values, shares, parts))
 
@@ -95,12 +96,14 @@ def fused(encoding, parts, dropout=0.0, bias=None):
     T, D = len(pairs.i), v.shape[-1]
     if pairs.sink is not None:
         q, k, v, bias = with_sink(pairs.sink, q, k, v, bias)
+    if v.shape[-1] < q.shape[-1]:  # The kernel has one width for all of them.
+        v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, dropout_p=dropout,
         # The kernel's own triangle begins at the top left: right for T = S. One query over all keys needs no mask.
         is_causal=bias is None and T > 1, scale=D**-0.5, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    return turned_back(encoding, y if pairs.sink is None else y[:, :, -T:, :D], pairs.i)
+    return turned_back(encoding, y[:, :, -T:, :D], pairs.i)
 
 
 def with_sink(sink, q, k, v, bias):
@@ -146,18 +149,26 @@ def chunked(form, encoding, parts, dropout=0.0):
 
 
 def flex(encoding, parts, dropout=0.0):
-    """Attention by a kernel compiled for a bias by distance alone, added in float32. T = S, and nothing is (T, T)."""
+    """Attention by a kernel compiled for a factor and a bias by distance alone, in float32. T = S, and nothing is
+    (T, T)."""
     (pairs,) = parts
     T, device = len(pairs.i), pairs.q.device
-    table = encoding.distance_bias(torch.arange(T, device=device)).contiguous()  # (H, T)
+    n = torch.arange(T, device=device)
+    scale, bias = (None if table is None else table.contiguous()  # (H, T)
+                   for table in (encoding.distance_scale(n), encoding.distance_bias(n)))  # fmt: skip
+
+    def score(product, b, h, i, j):
+        n = (i - j).abs()  # later keys take any entry, unseen
+        scaled = product if scale is None else product * scale[h, n]
+        return scaled if bias is None else scaled + bias[h, n]
+
     if torch.compiler.is_compiling():
         attention, blocks = flex_attention, triangle(T, device)
     else:
         attention, blocks = compiled_flex(), kept_triangle(T, device, torch.is_inference_mode_enabled())
     y = attention(
         pairs.q, pairs.k, pairs.v, scale=pairs.v.shape[-1] ** -0.5, block_mask=blocks,
-        enable_gqa=pairs.q.shape[1] != pairs.k.shape[1],
-        score_mod=lambda score, b, h, i, j: score + table[h, (i - j).abs()],  # later keys take any entry, unseen
+        enable_gqa=pairs.q.shape[1] != pairs.k.shape[1], score_mod=score,
     )  # fmt: skip
     return turned_back(encoding, y, pairs.i)
 
@@ -179,10 +190,10 @@ def choose(encoding, parts, dropout):
         return widened
     if encoding.writes_out or len(parts) > 1 or slow:
         return written_out
-    if not encoding.biases:
+    if not encoding.biases and not encoding.scales:
         return fused
     if not half:
-        return biased
+        return written_out if encoding.scales else biased
     whole = pairs.seen is None and len(pairs.i) == len(pairs.j)
     tabled = encoding.by_distance and pairs.sink is None
     return flex if whole and tabled and not dropout and flexes(q) else written_out

@@ -4,18 +4,19 @@ from core import attention
 from core.encoding import Pairs
 
 
-def pairs(q, k, v, i, j, seen=None, state=None, length=0):
+def pairs(q, k, v, i, j, seen=None, state=None, length=0, asked=None):
     """The queries are the last T of the keys' tokens."""
     state = state or {}
-    return Pairs(q, k, v, i, j, seen, state, {name: x[:, :, -len(i) :] for name, x in state.items()}, length)
+    own = {name: x[:, :, -len(i) :] for name, x in state.items()} | (asked or {})
+    return Pairs(q, k, v, i, j, seen, state, own, length)
 
 
 def rotate(encoding, q, k, i, j, length, **state):
     return encoding.rotate(pairs(q, k, k, i, j, state=state, length=length))
 
 
-def logits(encoding, q, k, i, j, seen, **state):
-    return encoding.logits(pairs(q, k, k, i, j, seen, state))
+def logits(encoding, q, k, i, j, seen, asked=None, **state):
+    return encoding.logits(pairs(q, k, k, i, j, seen, state, asked=asked))
 
 
 def attend(encoding, q, k, v, i, j, seen=None, state=None, dropout=0.0):

@@ -53,7 +53,8 @@ def ask(encoding, pos=APART, length=None):
         state = encoding.state(x, {})
         new_q, new_k = rotate(encoding, q, k, q_pos, k_pos, length or pos[-1] + 1, **state)
         new_k = new_k.repeat_interleave(groups, 1)
-        got = logits(encoding, new_q, new_k, q_pos, k_pos, k_pos <= q_pos[:, None], **state)
+        asked = encoding.asks(x[:, -QUERIES:])
+        got = logits(encoding, new_q, new_k, q_pos, k_pos, k_pos <= q_pos[:, None], asked, **state)
     return got.tolist(), q.tolist(), k.repeat_interleave(groups, 1).tolist(), x.tolist()
 
 
