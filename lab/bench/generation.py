@@ -44,16 +44,19 @@ def schedules(T):
 
 
 def reserved(cache):
-    """{the most keys that a layer sees, or "all": KiB that the cache has for keys and values of one such layer}."""
+    """{the most keys that layers see, or "all": KiB that the cache has for keys and values of each of them}."""
     pasts = {"all": cache} | {sight.span: past for sight, past in cache.narrow.items()}
-    layers = {span: next(iter(past.layers.values())) for span, past in pasts.items() if past.layers}
-    return {span: sum(x.numel() * x.element_size() for x in held.values()) / 2**10 for span, held in layers.items()}
+    return {
+        span: [sum(x.numel() * x.element_size() for x in held.values()) / 2**10 for held in past.layers.values()]
+        for span, past in pasts.items()
+        if past.layers
+    }
 
 
 @torch.inference_mode()
 def generated(models, lengths, last, place):
     """{name: model} whose texts all grow by a token in turn -> {name: {length: milliseconds of each of the `last`
-    tokens up to it}}, and {what sees how much: {length: KiB of a layer}}."""
+    tokens up to it}} and {name: {length: `reserved`}}."""
     caches = {name: Cache(total=max(lengths)) for name in models}
     token = torch.zeros(1, 1, dtype=torch.long, device=place.device)
     clock = time.process_time if place.device.type == "cpu" else time.perf_counter
@@ -68,8 +71,7 @@ def generated(models, lengths, last, place):
             if mark - last < length <= mark:
                 ms[name][mark].append(took)
         if length in lengths:
-            for span, size in reserved(caches[name]).items():
-                kib[f"{name}, a layer that sees {span}"][length] = size
+            kib[name][length] = reserved(caches[name])
     return ms, kib
 
 
@@ -86,15 +88,18 @@ def measure(options, prefix):
     def median(name, length):
         return statistics.median(itertools.chain.from_iterable(ms[name][length] for ms, _ in rounds))
 
-    time_of = {name: [median(name, length) for length in lengths] for name in models}
-    memory_of = {name: [sizes[length] for length in lengths] for name, sizes in rounds[0][1].items()}
-    for name, unit, lines in (("time", "ms for a token", time_of), ("memory", "KiB for a layer", memory_of)):
-        series = {key: (lengths, values) for key, values in lines.items()}
-        report.lines(f"{prefix}-{name}.png", series, "tokens so far", unit, log_x=True, log_y=True, mark_x=lengths[0])
-    heads = ["tokens", *(f"ms: {name}" for name in time_of), *(f"KiB: {name}" for name in memory_of)]
-    columns = [[f"{ms:.2f}" for ms in each] for each in time_of.values()]
-    columns += [[f"{kib:,.0f}" for kib in each] for each in memory_of.values()]
-    return report.markdown(heads, list(zip([f"{length:,}" for length in lengths], *columns, strict=True)))
+    times = {name: [median(name, length) for length in lengths] for name in models}
+    kib = {name: [sizes[length] for length in lengths] for name, sizes in rounds[0][1].items()}
+    whole = {name: [sum(map(sum, sizes.values())) for sizes in each] for name, each in kib.items()}
+    for figure, unit, values in (("time", "ms for a token", times), ("memory", "KiB of the cache", whole)):
+        series, log_y = {name: (lengths, values[name]) for name in models}, figure == "memory"
+        report.lines(f"{prefix}-{figure}.png", series, "tokens so far", unit, log_x=True, log_y=log_y)
+    columns = {"tokens": [f"{length:,}" for length in lengths]}
+    columns |= {f"ms: {name}": [f"{ms:.2f}" for ms in each] for name, each in times.items()}
+    for name, each in kib.items():
+        for span in each[0]:
+            columns[f"KiB: {name}, a layer that sees {span}"] = [f"{sizes[span][0]:,.0f}" for sizes in each]
+    return report.markdown(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def main(argv):
