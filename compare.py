@@ -41,7 +41,7 @@ class Compare(Config):
     seeds: int = 3  # runs of each, with seed, seed + 1, ...
     jobs: int = 0  # runs at once, which share the CPU's cores or take turns on GPUs; 0 means 1, or one for each GPU
     targets: int = 64  # windows scored at every length
-    docs: str = ""  # a folder whose results.md has a place for the tables, <!-- NAME --> of out_dir; and for NAME.png
+    docs: str = ""  # a folder whose results.md has the place <!-- NAME --> of out_dir for the tables, or a page (.md)
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,10 +54,15 @@ class Compare(Config):
         require(not taken, f"{out} is {taken}; choose another folder with --out_dir")
         tables.check_folder(out)
         if self.docs:
-            page, marks = Path(self.docs) / "results.md", f"the lines <!-- {out.name} --> and <!-- /{out.name} -->"
-            require(page.is_file(), f"--docs={self.docs} has no results.md")
-            placed = report.place_of(out.name).search(page.read_bytes())
-            require(placed, f"{page} has no place for the tables: {marks}")
+            require(self.page.is_file(), f"--docs={self.docs}: there is no page {self.page}")
+            placed = report.place_of(out.name).search(self.page.read_bytes())
+            marks = f"the lines <!-- {out.name} --> and <!-- /{out.name} -->"
+            require(placed, f"{self.page} has no place for the tables: {marks}")
+
+    @property
+    def page(self):
+        """The page that gets the tables too; pictures go beside it."""
+        return Path(self.docs) if self.docs.endswith(".md") else Path(self.docs) / "results.md"
 
 
 # These settings of the command line are the comparison's own; all others are for its runs.
@@ -117,28 +122,35 @@ def shared_length(all_configs):
             raise UserError(f"{key} is not the same in all of them: their numbers would not compare")
     bases = dict.fromkeys(config.init_from for config in all_configs if config.init_from)
     before = [runs.load(base)["config"]["train_length"] for base in bases]
-    if all_configs[0].dataset in tasks.TASKS and len({*before, *(config.train_length for config in all_configs)}) > 1:
+    lengths = {*before, *(config.train_length for config in all_configs)}
+    if set(all_configs[0].datasets) & set(tasks.TASKS) and len(lengths) > 1:
         raise UserError("train_length must be the same in all of them: tasks are measured at multiples of their own")
     return min([*before, *(config.original_length or config.train_length for config in all_configs)])
 
 
 def write(by_seed, seeds, T, command, place, options):
     """{name: [record of each seed]} -> tables, picture and all figures in the folders that the options name."""
-    out, docs = Path(options.out_dir), Path(options.docs)
+    out = Path(options.out_dir)
     means = {name: tables.mean(records) for name, records in by_seed.items()}
     key = tables.headline(means)
     lines = [*tables.tables(means), "", *tables.seeds_table(by_seed, seeds, key)]
     if key == "loss":
         lines += ["", *tables.ratio_table(means)]
+    for task in tables.tasks_of(means):
+        of_task = {name: [record["tasks"][task] for record in records] for name, records in by_seed.items()}
+        lines += ["", *tables.seeds_table(of_task, seeds, "exact", task)]
     all_runs = {name: dict(zip(map(str, seeds), records, strict=True)) for name, records in by_seed.items()}
     commits = sorted({record["commit"] for records in by_seed.values() for record in records})
     said = {"seeds": ", ".join(map(str, seeds)), "measured at": ", ".join(commits)}
-    for folder in [out, docs] if options.docs else [out]:
-        report.write_table(folder / "results.md", out.name, lines, command, place, **said)
+    for page in [out / "results.md", options.page] if options.docs else [out / "results.md"]:
+        report.write_table(page, out.name, lines, command, place, **said)
     tables.pictures(out, means, by_seed)
-    if options.docs:
-        with files.atomic(docs / f"{out.name}.png", "wb") as file:
-            file.write((out / "length.png").read_bytes())
+    for task in ["", *tables.tasks_of(means)] if options.docs else []:
+        picture = f"exact-{task}.png" if task else "length.png"
+        with files.atomic(
+            options.page.parent / (f"{out.name}-{task}.png" if task else f"{out.name}.png"), "wb"
+        ) as file:
+            file.write((out / picture).read_bytes())
     made = {"command": command} | report.provenance(place)
     runs.write_record(out / "results.json", {"made": made, "train_length": T, "runs": all_runs})
     print("\n".join(tables.table(means)))

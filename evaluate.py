@@ -23,7 +23,7 @@ from core.errors import UserError, nearest, pasted, require, require_range, run
 from core.flags import Dtype, changed, flags, make
 from core.measure import MULTIPLES, exact_match, length_loss, long_windows, reach, scored_at
 from core.settings import Reading
-from data import tasks, vocabulary
+from data import vocabulary
 from lab import frequencies, passkey, perplexity, spread
 from lab.tables import check_folder, is_whole, picture, pictures, table, tables
 from posenc import title
@@ -98,7 +98,7 @@ def open_runs(paths, options):
             opened_runs[name if not options.posenc else f"{name}: {way}" if paths[1:] else way] = opened
     if len({vocabulary.fingerprint(opened.tokenizer) for opened in opened_runs.values()}) > 1:
         raise UserError("these runs have different tokenizers: a loss per token does not compare them")
-    learned = {opened.config.dataset in tasks.TASKS for opened in opened_runs.values()}
+    learned = {not data.reads_text(opened.config) for opened in opened_runs.values()}
     if options.frequencies and not options.data and True in learned:
         raise UserError("--frequencies reads text, and some of these runs learned a task: name one with --data")
     if len(learned) > 1:
@@ -131,12 +131,18 @@ def open_dataset(opened, options):
 def summary(model, dataset, place, count):
     """The record that closes a run: loss against context up to 8 T; for a task exact match, by depth too for a pass
     key."""
-    if not dataset.masks:
-        return length_loss(model, dataset, place, count, MULTIPLES[:-1])
+    if dataset.text:
+        return length_loss(model, dataset.text, place, count, MULTIPLES[:-1]) | beside(model, dataset, place, count)
     record = exact_match(model, dataset, place, count)
     if dataset.name == "passkey":
         record["map"] = passkey.depth_map(model, dataset, place, max(1, count // 4))
     return record
+
+
+def beside(model, dataset, place, count):
+    """How a model answers the tasks that it learned beside its text -> {"tasks": {name: record}}, {} without any."""
+    records = {name: exact_match(model, task, place, count) for name, task in dataset.tasks.items()}
+    return {"tasks": records} if records else {}
 
 
 def is_closed(folder, step):
@@ -154,26 +160,28 @@ def measure(model, dataset, tokenizer, place, options):
     options.check_model(model)
     reading = dict(window=options.window or None, sinks=options.sinks, log_n=options.log_n)
     count, T = options.targets, options.train_length or model.config.train_length
-    if dataset.masks:
+    if not dataset.text:
         if model.config.train_length != T or options.lengths or any(reading.values()):
             refused = "--train_length, --lengths, --window and --log_n"
             raise UserError(f"tasks are read as they were trained: leave out {refused}")
         return summary(model, dataset, place, count)
+    text = dataset.text
     if lengths := options.lengths:
-        if lengths[-1] >= len(dataset.val):
-            raise UserError(f"--lengths: {lengths[-1]} tokens exceed the text, which has {len(dataset.val)}")
+        if lengths[-1] >= len(text.val):
+            raise UserError(f"--lengths: {lengths[-1]} tokens exceed the text, which has {len(text.val)}")
         if lengths[0] > model.max_length:
             raise UserError(f"--lengths: {model.too_long(lengths[0])}")
-        return length_loss(model, dataset, place, count, [length / T for length in lengths], T, **reading)
-    record = length_loss(model, dataset, place, count, T=T, **reading)
+        return length_loss(model, text, place, count, [length / T for length in lengths], T, **reading)
+    record = length_loss(model, text, place, count, T=T, **reading)
     few = max(1, count // 8)  # each of them has 64 times as many tokens as a window has targets
     sizes = vocabulary.byte_lengths(tokenizer)
-    record |= perplexity.usual_losses(model, dataset, sizes, place, few, T=T, **reading)
-    record["by_position"] = perplexity.position_loss(model, dataset, place, count, T, **reading)
+    record |= perplexity.usual_losses(model, text, sizes, place, few, T=T, **reading)
+    record["by_position"] = perplexity.position_loss(model, text, place, count, T, **reading)
     if not any(reading.values()):
-        lengths, reached = reach(model, T, len(dataset.val))
-        windows = long_windows(dataset, lengths[-1], scored_at(T), few)
+        lengths, reached = reach(model, T, len(text.val))
+        windows = long_windows(text, lengths[-1], scored_at(T), few)
         record["attention"] = spread.attention(model, windows, place, reached, T=T)
+        record |= beside(model, dataset, place, count)
     return record
 
 
@@ -191,7 +199,7 @@ def look_at_frequencies(opened_runs, datasets, place, options):
     """Take the rotations of every run apart -> ({name: figures}, lines of their tables, what draws their pictures)."""
     measured = {}
     for name, opened in opened_runs.items():
-        T, model, dataset = opened.config.train_length, opened.model, datasets[name]
+        T, model, dataset = opened.config.train_length, opened.model, datasets[name].text
         loss = functools.partial(length_loss, model, dataset, place, options.targets, (1, 2, 4))
         measured[name] = model, long_windows(dataset, T, scored_at(T), options.targets), loss
     return frequencies.look(measured, place)

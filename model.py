@@ -27,7 +27,7 @@ from core.norms import RMSNorm
 class GPTConfig:
     """The model's settings. The comment beside a setting is its line in `--help`."""
 
-    posenc: str | list = "rope"  # positional encoding: a name, name(argument=value), or a list cycled over the layers
+    posenc: str | list = "rope"  # encoding: name, name(argument=value), or layers in turn, '["rope(window=9)", "none"]'
     train_length: int = 128  # T, the context length in tokens that training sees
     original_length: int = 0  # training length of the weights, to which positions are scaled; 0 means train_length
     vocab_size: int = 0  # tokens in the vocabulary; 0 takes the tokenizer's

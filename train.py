@@ -232,7 +232,7 @@ def prepare(training, log):
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     log.say(
         f"{config.out_dir}: {parameters / 1e6:.2f} M parameters, {brief(config.posenc)}, "
-        f"{dataset.size} training tokens ({config.dataset}, {config.tokenizer}), "
+        f"{dataset.size} training tokens ({' + '.join(dict.fromkeys(config.datasets))}, {config.tokenizer}), "
         f"{place.world} x {place.hardware}, {place.dtype_name}"
     )
 
@@ -317,11 +317,11 @@ def close(training, log, finished):
 
 def next_command(config, model, dataset):
     """The command that shows what the run has learned."""
-    if dataset.masks:
+    if not dataset.text:
         prompt, tokens = dataset.prompt(config.train_length)
         more = ["--temperature=0", "--stop"]
     else:
-        prompt = "def " if config.dataset == "python" else ""
+        prompt = "def " if "python" in config.datasets else ""
         tokens = max(1, min(8 * config.train_length, model.max_length - 8))
         # A run in segments learned to have so many tokens behind it.
         more = [f"--window={config.train_length}"] if config.segments > 1 else []

@@ -117,6 +117,12 @@ def field_type(key, cls, where):
     return typing.get_type_hints(cls)[key]
 
 
+def choices_of(hint):
+    """The values that a type names one by one, perhaps beside another type: of Literal["a", "b"] | list, a and b."""
+    kinds = (hint, *typing.get_args(hint))
+    return next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal), ())
+
+
 def default(key, cls):
     """The default of the field `key` of cls."""
     (field,) = (field for field in dataclasses.fields(cls) if field.name == key)
@@ -127,11 +133,11 @@ def convert(value, key, cls, where):
     """value as the type of the field `key` of cls: an int serves for a float, 1e4 for an int, a tuple for a list.
     UserError otherwise, which begins with `where`."""
     hint = field_type(key, cls, where)
-    allowed = typing.get_args(hint) or (hint,)
-    if typing.get_origin(hint) is Literal:
+    allowed, choices = typing.get_args(hint) or (hint,), choices_of(hint)
+    if choices and not (list in allowed and type(value) in (list, tuple)):
         # The type is compared too, since 1 == True.
-        if not any(type(value) is type(choice) and value == choice for choice in allowed):
-            meant = nearest(str(value), list(map(str, allowed)))
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            meant = nearest(str(value), list(map(str, choices)))
             raise UserError(f"{where}: {key} is {value!r}; {meant}")
         return value
     if float in allowed and type(value) is int:
@@ -248,7 +254,7 @@ def help_text(cls):
         comments |= re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(base), re.MULTILINE)
     for key, comment in comments.items():
         hint = typing.get_type_hints(cls)[key]
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        choices = choices_of(hint)
         allowed = f" [{' | '.join(map(str, choices))}]" if choices else ""
         lines.append(f"  --{key}={default(key, cls)!r}".ljust(34) + f" {comment}{allowed}")
     return "\n".join(lines)

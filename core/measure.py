@@ -19,7 +19,7 @@ from core.cache import PIECE, WHOLE, Cache, pieces
 from core.errors import UserError
 
 MULTIPLES = (0.5, 1, 1.1, 1.25, 1.5, 2, 4, 8, 16)  # of the training length: contexts that text is read with
-TASK_MULTIPLES = (0.5, 1, 1.5, 2, 3, 4)  # of the training length: examples of a task
+TASK_MULTIPLES = (0.5, 1, 1.5, 2, 4, 8)  # of the training length: examples of a task
 
 
 def batches(array, rows):

@@ -1,7 +1,7 @@
 """The settings of a run: one dataclass, whose comments are the lines of `--help`."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import posenc
 from core.errors import UserError, require, require_range
@@ -20,7 +20,7 @@ class Config(GPTConfig):
     usage: ClassVar[str] = "python train.py [configs/FILE.py ...] [--key=value ...]"
 
     # The text that it learns from.
-    dataset: Dataset = "python"  # the corpus ('text' is your own, named with --text), or a task of data/tasks.py
+    dataset: Dataset | list = "python"  # a corpus ('text' is yours, see --text) or task; mixed: '["python", "recall"]'
     text: str | list = ""  # your file or folder, for dataset = "text"; several: --text='["a.txt", "b/"]'
     packages: bool = False  # python data set: also the source of site-packages
     shards: int = 1  # fineweb data set: files of 100 million tokens each, 1 to 9
@@ -70,9 +70,12 @@ class Config(GPTConfig):
         levels = self.schedule == "cosine" or self.warmup + self.decay <= 1
         require(levels, "warmup and decay must not exceed 1 together")
         require(isinstance(self.text, str) or all(isinstance(path, str) for path in self.text), "text must list paths")
-        require(bool(self.text) == (self.dataset == "text"), "--text=PATH and --dataset=text go together")
-        require(not self.packages or self.dataset == "python", "--packages goes with --dataset=python")
-        require(self.shards == 1 or self.dataset == "fineweb", "--shards goes with --dataset=fineweb")
+        names = self.datasets
+        known = ", ".join(get_args(Dataset))
+        require(names and all(name in get_args(Dataset) for name in names), f"dataset must list some of {known}")
+        require(bool(self.text) == ("text" in names), "--text=PATH and --dataset=text go together")
+        require(not self.packages or "python" in names, "--packages goes with --dataset=python")
+        require(self.shards == 1 or "fineweb" in names, "--shards goes with --dataset=fineweb")
         require(self.segments == 1 or not self.length_schedule, "segments and length_schedule exclude each other")
         # A memory's first tokens would be mixed with none, where those before them have left.
         require(self.segments == 1 or not self.short_conv, "segments and short_conv exclude each other")
@@ -97,6 +100,11 @@ class Config(GPTConfig):
             require(last % length == 0, f"length_schedule: {length} does not divide the last length, {last}")
 
     @property
+    def datasets(self):
+        """The names of the data sets, [name, ...]: one, or those that are mixed."""
+        return self.dataset if isinstance(self.dataset, list) else [self.dataset]
+
+    @property
     def phases(self):
         """[(first step, length of a window)] of the length schedule, in order."""
         whole = {0.0: self.train_length * self.segments}
@@ -119,7 +127,7 @@ def covers_the_run(schedule):
 class Reading:
     """Options for reading a finished run: an encoding or a window laid over it at test time, and the device."""
 
-    posenc: str | list = ""  # another encoding, or arguments for the run's own; scaling="none" turns a scaling off
+    posenc: str | list = ""  # another encoding, arguments for the run's own, or by layer '["rope(window=64)", "none"]'
     window: int = 0  # attend to the last WINDOW tokens alone, over a cache that stays that small; 0 means to all
     sinks: int = 0  # with a window, keep the first SINKS tokens in sight too
     log_n: bool = False  # multiply queries by ln n / ln T where they see n > T tokens

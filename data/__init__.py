@@ -7,9 +7,10 @@ A data set is a module with `signature(config)`, a value that changes when its t
 
 as data/folders.py says. A text is a str, or several in a row: long ones are never in memory as a whole.
 
-The synthetic tasks of data/tasks.py have the same methods and no files.
+The synthetic tasks of data/tasks.py have the same methods and no files. A `Mix` takes its rows from several of these.
 """
 
+import copy
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ SOURCES = {
 VERSIONS = (1, 2)
 
 
+def reads_text(config):
+    """Whether a run with these settings reads a text, perhaps beside tasks."""
+    return any(name in SOURCES for name in config.datasets)
+
+
 @dataclass
 class Dataset:
     train: np.ndarray  # (tokens,) memory-mapped ids
@@ -41,6 +47,12 @@ class Dataset:
     meta: dict  # what meta.json says of them: see data/folders.py
     folder: Path
     masks: ClassVar[bool] = False  # every token is a target
+    tasks: ClassVar[dict] = {}  # no task is learned beside it
+
+    @property
+    def text(self):
+        """The data set whose text a run reads: this one."""
+        return self
 
     @property
     def size(self):
@@ -60,12 +72,58 @@ class Dataset:
         return np.array([*self.meta["documents"][split], self.meta["tokens"][split]])
 
 
+class Mix:
+    """A text and tasks in one run, with the methods of Dataset: rows come from each in turn.
+
+    config.dataset is a list; one that stands twice in it has twice as many rows. UserError where there is not one text.
+    """
+
+    masks = True
+
+    def __init__(self, config, tokenizer):
+        self.parts = {}
+        for name in config.datasets:
+            one = copy.copy(config)
+            one.dataset = name
+            self.parts[name] = self.parts.get(name) or open_dataset(one, tokenizer)
+        names = config.datasets
+        # (data set, its rows in a round, the place among them) of each row of a round
+        self.turns = [(self.parts[name], names.count(name), names[:i].count(name)) for i, name in enumerate(names)]
+        self.tasks = {name: part for name, part in self.parts.items() if name in tasks.TASKS}
+        texts = [part for name, part in self.parts.items() if name in SOURCES]
+        if len(texts) != 1:
+            raise UserError(
+                f"dataset={config.dataset}: a mixture has one text, such as python, and any number of tasks"
+            )
+        self.text, self.folder, self.size = texts[0], texts[0].folder, texts[0].size
+        known = repr([(name, self.parts[name].meta["data_checksum"]) for name in config.datasets])
+        self.meta = self.text.meta | {"data_checksum": hashlib.sha256(known.encode()).hexdigest()}
+
+    def batch(self, length, count, key, step, part=slice(None)):
+        """Inputs and targets (rows, length): a pure function of its arguments, as `batch` is. Whose row it is goes
+        round and round over all rows of a run, and each data set gives its own in their order."""
+        rows = []
+        for index in range(step * count, (step + 1) * count)[part]:
+            done, turn = divmod(index, len(self.turns))
+            one, share, place = self.turns[turn]
+            rows.append(one.batch(length, 1, key, done * share + place))
+        return tuple(np.concatenate(half) for half in zip(*rows, strict=True))
+
+    def validation(self, length, count):
+        """Inputs and targets (<= count, length): as much of the validation set of each as it has of the rows."""
+        rounds = max(1, count // len(self.turns))
+        sets = [one.validation(length, rounds * share) for one, share, place in self.turns if place == 0]
+        return tuple(np.concatenate(half) for half in zip(*sets, strict=True))
+
+
 def open_dataset(config, tokenizer):
-    """The token files of config.dataset under a tokenizer, prepared if they are missing -> Dataset; or a Task.
+    """The token files of config.dataset under a tokenizer, prepared if they are missing -> Dataset; or a Task or Mix.
 
     UserError for text that cannot be had or read, for token files that are damaged or not this tokenizer's, and for a
     text shorter than one window.
     """
+    if isinstance(config.dataset, list):
+        return Mix(config, tokenizer)
     if config.dataset in tasks.TASKS:
         return tasks.Task(config, tokenizer)
     source, fingerprint = SOURCES[config.dataset], vocabulary.fingerprint(tokenizer)

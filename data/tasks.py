@@ -103,12 +103,13 @@ TASKS = {"copy": copy, "reverse": reverse, "recall": recall, "addition": additio
 class Task:
     """A task with the methods of data.Dataset. UserError for settings that it cannot be trained with."""
 
-    masks, size = True, "endless"
+    masks, size, text = True, "endless", None
     folder = "data/tasks.py"  # where the examples come from, for messages
 
     def __init__(self, config, tokenizer):
         self.name, self.example = config.dataset, TASKS[config.dataset]
         self.shortest = len("".join(self.example(0, np.random.default_rng(0))))
+        self.tasks = {self.name: self}
         self.end = tokenizer.eot_token
         least = min(length for _, length in config.phases)
         for wrong, message in (

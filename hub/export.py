@@ -57,11 +57,23 @@ def explicit(config):
 
 
 def plain_posenc(config):
-    """A config's posenc with all arguments that do something: ntk is another base, linear by 1 is nothing, and none is
-    a rope that turns no pair."""
-    if not isinstance(config.posenc, str):
-        return config.posenc
-    (cls, arguments, layer), head_dim = posenc.parse(config.posenc), config.sizes["head_dim"]
+    """A config's posenc with all arguments that do something. A list over the layers whose members are then all the
+    same is one of them."""
+    listed = [config.posenc] if isinstance(config.posenc, str) else config.posenc
+    plain = []
+    for member in listed:
+        try:
+            plain.append(plain_member(member, config))
+            posenc.parse(plain[-1])
+        except (ValueError, ArithmeticError) as error:  # a base beyond all numbers
+            raise UserError(f"posenc: {member} cannot be written: {error}") from None
+    return plain[0] if len(set(plain)) == 1 else plain
+
+
+def plain_member(member, config):
+    """One encoding with all arguments that do something: ntk is another base, linear by 1 is nothing, and none is a
+    rope that turns no pair."""
+    (cls, arguments, layer), head_dim = posenc.parse(member), config.sizes["head_dim"]
     if cls is posenc.NoPE and head_dim % 2 == 0:
         cls, arguments = posenc.RoPE, {"fraction": 0.0}
     arguments = cls.checked(arguments)
@@ -108,12 +120,26 @@ def differences(config, kind):
     return obstacles, absorbed
 
 
+def in_the_way(config, said, kind):
+    """Of a list over the layers, the first member that the family has not, and why. `said` is `explicit(config)`."""
+    settings = {field.name: getattr(said, field.name) for field in dataclasses.fields(GPTConfig)}
+    for layer, member in enumerate(said.posenc):
+        cls, arguments, own = posenc.parse(member)
+        alone = differences(GPTConfig(**settings | {"posenc": posenc.written(cls, arguments)}), kind)
+        if any(own.values()):
+            why = f"its layers have no {' and no '.join(key for key in own if own[key])} of their own"
+        elif alone is None or "posenc" in alone[0]:
+            why = "it has no such encoding"
+        elif member != said.posenc[0]:
+            why = "its layers share one encoding"
+        else:
+            continue
+        return f"layer {layer + 1}'s {config.posenc[layer]} ({why})"
+
+
 def choose(config):
     """The family that says most of a config, and its config.json. UserError names the settings in its way."""
-    try:
-        said = explicit(config)
-    except (ValueError, ArithmeticError) as error:  # a base beyond all numbers
-        raise UserError(f"posenc={config.posenc!r} cannot be written: {error}") from None
+    said = explicit(config)
     # Of a qwen2 folder, transformers 5 splits text by Qwen2's own rule, whatever tokenizer.json says: llama will do.
     kinds = [kind for kind in FAMILIES if kind != "qwen2" or vocabulary.published(config.tokenizer)]
     by_kind = {kind: pair for kind in kinds if (pair := differences(said, kind)) is not None}
@@ -122,7 +148,10 @@ def choose(config):
     kind = min(by_kind, key=lambda kind: [len(keys) for keys in by_kind[kind]])
     obstacles, absorbed = by_kind[kind]
     if obstacles:
-        names = ", ".join(f"{key}={getattr(config, key)!r}" for key in obstacles)
+        named = {key: f"{key}={getattr(config, key)!r}" for key in obstacles}
+        if "posenc" in named and not isinstance(said.posenc, str):
+            named["posenc"] = in_the_way(config, said, kind)
+        names = ", ".join(named.values())
         raise UserError(f"no published family has models with these settings; the nearest is {kind}, but for {names}")
     if "embed_norm" in absorbed:
         said = dataclasses.replace(said, tie_embeddings=False)  # the head did not meet the norm

@@ -219,14 +219,20 @@ def pair_table(records):
     return pivot(["pair", "wavelength, tokens", "turns in T"], cells)
 
 
+def layers(record):
+    """What every layer is called: its number and, under a list over the layers, its member."""
+    spec, numbers = record["posenc"], range(len(record["q_norm"]))
+    return [str(n + 1) if isinstance(spec, str) else f"{n + 1}, {spec[n % len(spec)]}" for n in numbers]
+
+
 def layer_table(records):
     """Means over heads, by layer and thirds of the pairs; and the largest pairs, with the runs that agree on each."""
     P = len(records[0]["turns"])
     thirds, cells = torch.arange(P).tensor_split(min(3, P)), []
     for name, title in MEASURES.items():
-        for layer in range(len(records[0][name])):
+        for layer, called in enumerate(layers(records[0])):
             by_pair = torch.stack([record[name][layer].mean(0) for record in records])  # (runs, P)
-            labels = title, str(layer + 1)
+            labels = title, called
             cells += [(labels, f"pairs {between(part.tolist())}", beside(by_pair[:, part].mean(1))) for part in thirds]
             cells.append((labels, "largest pairs", largest(by_pair.abs())))
     return pivot(["mean over heads", "layer"], cells)
@@ -270,8 +276,8 @@ def pictures(folder, group):
     for name in ("q_norm", "k_norm", "absolute"):
         mean = torch.stack([record[name] for record in group.values()]).mean(0)  # (n_layer, heads, P)
         rows = F.pad(mean, (0, 0, 0, 1), value=math.nan)  # a gap after every layer
-        layers, tall = rows.shape[:2]
-        of_layers = {layer * tall + (tall - 1) / 2: f"layer {layer + 1}" for layer in range(layers)}
+        tall = rows.shape[1]
+        of_layers = {n * tall + (tall - 1) / 2: f"layer {called}" for n, called in enumerate(layers(first))}
         report.heat(
             Path(folder) / f"{slug}-{name}.png",
             rows.flatten(0, 1)[:-1].numpy(), "pair (right of the dashed line: less than one turn in T)",

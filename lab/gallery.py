@@ -27,7 +27,7 @@ from core import report, runs
 from core.encoding import Pairs
 from core.errors import require, require_range, run
 from core.settings import Config
-from data import tasks, vocabulary
+from data import vocabulary
 from lab import tables
 from lab.bench import timing
 from lab.workers import Workers, trained
@@ -55,7 +55,7 @@ class Gallery(Config):
     def __post_init__(self):
         super().__post_init__()
         require_range(self, "in 1 ... 10^6", "rounds", "decode_tokens", "targets")
-        require(self.dataset not in tasks.TASKS, f"the gallery reads text, and dataset={self.dataset} is a task")
+        require(self.dataset in data.SOURCES, f"the gallery reads one text, which dataset={self.dataset} is not")
 
 
 def learn(specs, argv, place, options):

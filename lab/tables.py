@@ -70,10 +70,11 @@ def cells_of(records, key):
     return [((name,), at, form.format(x)) for name in records for at, x in by_multiple(records[name], key).items()]
 
 
-def table(records, key=None):
-    """{name: record} -> lines: one of the TABLES at multiples of T, by default the headline."""
+def table(records, key=None, task=""):
+    """{name: record} -> lines: one of the TABLES at multiples of T, by default the headline. task: what the records are
+    of, for the title."""
     key = key or headline(records)
-    title, cells = TABLES[key][0], cells_of(records, key)
+    title, cells = f"{TABLES[key][0]}, {task}" if task else TABLES[key][0], cells_of(records, key)
     if key in ("exact", "loss"):
         counts = sorted({record["windows"] for record in records.values()})
         title += f", {' or '.join(map(str, counts))} window{'s' * (counts != [1])}"
@@ -86,7 +87,20 @@ def table(records, key=None):
 def tables(records):
     """Every one of the TABLES that all records have numbers for, with an empty line between two."""
     keys = [key for key in TABLES if all(by_multiple(record, key) for record in records.values())]
-    return [line for key in keys for line in ("", *table(records, key))][1:]
+    parts = [table(records, key) for key in keys]
+    parts += [table(of_task(records, task), "exact", task) for task in tasks_of(records)]
+    return [line for part in parts for line in ("", *part)][1:]
+
+
+def tasks_of(records):
+    """The tasks beside a text that all of {name: record} answer, in the order of the first."""
+    first, *others = records.values()
+    return [task for task in first.get("tasks", {}) if all(task in other.get("tasks", {}) for other in others)]
+
+
+def of_task(records, task):
+    """{name: record} -> the records of one of the tasks beside their text."""
+    return {name: record["tasks"][task] for name, record in records.items()}
 
 
 def holds_to(record):
@@ -120,10 +134,11 @@ def with_error(numbers, form):
     return form.replace("{:", "{:+").format(statistics.fmean(numbers)) + error
 
 
-def seeds_table(records, seeds, key):
-    """{name: [record of each seed]} -> lines: mean, every seed, and the paired difference to the first name."""
+def seeds_table(records, seeds, key, task=""):
+    """{name: [record of each seed]} -> lines: mean, every seed, and the paired difference to the first name. task: what
+    the records are of, for the title."""
     title, form, *_ = TABLES[key]
-    cells, (first, *_) = [], records
+    title, cells, (first, *_) = f"{title}, {task}" if task else title, [], records
     base = [by_multiple(record, key) for record in records[first]]
     for name, of_seeds in records.items():
         numbers = [by_multiple(record, key) for record in of_seeds]
@@ -185,6 +200,9 @@ def pictures(folder, records, seeds=()):
             by_position[name] = [middle / record["train_length"] for middle in middles], loss
         if by_multiple(record, "entropy"):
             spread[name] = curve(record, "entropy")
+    for task in tasks_of(records):
+        of_seeds = {name: [record["tasks"][task] for record in seeds[name]] for name in seeds}
+        picture(folder / f"exact-{task}.png", of_task(records, task), of_seeds)
     if by_position:
         labels = "position / training length", "loss (nats per token)"
         report.lines(folder / "position.png", by_position, *labels, mark_x=1)

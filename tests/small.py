@@ -1,16 +1,35 @@
 """Small models whose every parameter matters, and random text for them to read."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import torch
 
 import data
+from core import flags
 from core.place import Place
+from core.settings import Config
 from model import GPT, GPTConfig
 
 CPU = Place(torch.device("cpu"), torch.float32)
 HALF = Place(torch.device("cpu"), torch.bfloat16)
 T = 16
 SIZES = dict(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, train_length=T, zero_init=False)
+
+
+def shrunk(file):
+    """The settings of a recipe of configs/recipes at the sizes here: windows and chunks an eighth of theirs."""
+    settings = flags.read(file, Config)
+    bounds = re.compile(r"(window|chunk)=(\d+)")
+    members = [settings["posenc"]] if isinstance(settings["posenc"], str) else settings["posenc"]
+    members = [bounds.sub(lambda found: f"{found[1]}={int(found[2]) // 8}", member) for member in members]
+    settings.pop("n_embd", None)
+    return {"n_layer": len(members)} | settings | {"posenc": members}
+
+
+FILES = sorted((Path(data.__file__).parent.parent / "configs/recipes").glob("*.py"))
+RECIPES = {file.stem: shrunk(file) for file in FILES}
 
 
 def make(spec="rope", seed=0, **settings):

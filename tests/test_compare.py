@@ -166,7 +166,7 @@ def test_mistakes_are_one_line(call_script, tmp_path, trained):
     (tmp_path / "long.py").write_text("train_length = 64\n", encoding="utf-8")
     for words, said in (
         (["rope", f"--docs={tmp_path}", "--out_dir=out"], "has no place for the tables"),
-        (["rope", f"--docs={trained}", "--out_dir=out"], "has no results.md"),
+        (["rope", f"--docs={trained}", "--out_dir=out"], "there is no page"),
         (["rope", f"{tmp_path}/long.py", "--dataset=copy"], "train_length must be the same"),
         (["rope", f"{tmp_path}/bpe.py"], "tokenizer is not the same in all of them"),
         ([], "which configs"),

@@ -16,6 +16,7 @@ from tiny import TINY
 
 import compare
 import evaluate
+import posenc
 import sample
 from core import flags as configs
 from core import log
@@ -622,6 +623,14 @@ def test_every_field_has_a_line_of_help(script, capsys):
         start = f"--{field.name}={value!r} "
         assert line.strip().startswith(start)
         assert line.strip().removeprefix(start).split("[")[0].strip(), line
+
+
+@pytest.mark.parametrize("cls", [Config, sample.Options, evaluate.Options])
+def test_help_shows_a_schedule_over_the_layers_that_can_be_typed(cls):
+    line = next(line for line in configs.help_text(cls).splitlines() if "--posenc=" in line)
+    example = re.search(r"'(\[.*\])'", line)[1]
+    spec = configs.convert_flag(example, "posenc", cls)
+    assert len({sight.window for sight in posenc.sights(spec, 4)}) == 2
 
 
 def test_help_lists_the_choices():

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import small
 import tiny
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ SCHEDULES = {
     "growing": {"posenc": ["rope(values=True, window=8)", "rope"], "window_schedule": {0.0: 0.25, 0.7: 1.0}},
     "convolutions": {"posenc": "rope", "short_conv": True, "learn_qk_scale": True, "gate": "softplus"},
 }
+SCHEDULES |= small.RECIPES
 ALL = [*TRAINED, *SCHEDULES]
 # One of each kind is tested always, all others with the slow tests: nothing, an addition to the embeddings, biases, a
 # rotation, logits, a memory, a schedule.

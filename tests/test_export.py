@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import signal
 import sys
 from pathlib import Path
@@ -84,6 +85,7 @@ MODELS = [
     ("llama", dict(bias="attention", norm_affine=True)),
     ("llama", dict(bias="qkv")),
     ("llama", dict(posenc="none")),
+    ("llama", dict(posenc=["rope", "rope(base=10000)"])),  # a list that gives all layers the same
     ("gpt2", GPT2 | dict(posenc="learned", tie_embeddings=True)),
     ("gpt2", GPT2 | dict(posenc="learned", embed_norm=True, tie_embeddings=True, norm_affine=False, bias="qkv")),
     ("gpt2", GPT2 | dict(posenc="learned", activation="relu2", bias=False, original_length=8)),
@@ -209,12 +211,22 @@ def test_a_run_from_a_published_model_keeps_its_tokenizer(settings, tmp_path):
     check(runs.open_run(tmp_path / "run").model, tmp_path / "again")
 
 
+OWN = "its layers have no {} of their own"
 OBSTACLES = [
     (dict(posenc="xpos"), "llama", "posenc='xpos'"),
     (dict(posenc="learned"), "llama", "posenc='learned'"),
     (dict(posenc="rope(dims=4)"), "llama", "posenc='rope(dims=4)'"),
     (dict(posenc='rope(fraction=0.5, scaling="yarn")'), "llama", "posenc='rope(fraction=0.5, scaling=\"yarn\")'"),
-    (dict(posenc=["rope", "none"]), "llama", "posenc=['rope', 'none']"),
+    (dict(posenc="rope(window=8)"), "llama", "posenc='rope(window=8)'"),
+    (dict(posenc=["rope", "none"]), "llama", "layer 2's none (its layers share one encoding)"),
+    (dict(posenc=["rope", "alibi"], qk_norm=True), "llama", "layer 2's alibi (it has no such encoding), qk_norm=True"),
+    (dict(posenc=["rope(window=8)", "rope"]), "llama", f"layer 1's rope(window=8) ({OWN.format('window')})"),
+    (dict(posenc=["rope", 'none(temper="su")']), "llama", f'layer 2\'s none(temper="su") ({OWN.format("temper")})'),
+    (
+        dict(posenc=["none", "none", "alibi(window=8)"], n_layer=3, window_schedule={0.0: 0.5, 0.5: 1.0}),
+        "llama",
+        f"layer 3's alibi(window=8) ({OWN.format('window')})",
+    ),
     (dict(logit_softcap=30.0, qk_norm=True), "llama", "qk_norm=True, logit_softcap=30.0"),
     (dict(activation="relu2"), "llama", "activation='relu2'"),
     (dict(parallel_residual=True), "llama", "parallel_residual=True"),
@@ -240,6 +252,10 @@ def test_numbers_and_disks_have_ends(trained, tmp_path, call_script, monkeypatch
     done = call_script("hub/export.py", trained, "there", '--posenc=rope(scaling="ntk", factor=1e29, base=1e29)')
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "numbers go to 1e30" in done.stderr
+    member = 'rope(scaling="ntk", factor=1e29, base=1e29)'
+    with pytest.raises(UserError, match=f"^posenc: {re.escape(member)} cannot be written: ") as refused:
+        export.choose(make(Config, SMALL | dict(vocab_size=50, posenc=["rope", member])))
+    assert "\n" not in str(refused.value)
 
     def full(*_):
         raise export.SafetensorError("No space left on device")

@@ -10,6 +10,7 @@ import torch
 from small import CPU, HALF, T, blind, dataset, make, text
 
 import posenc
+from core import report
 from core.errors import UserError
 from core.measure import length_loss, long_windows
 from lab import frequencies
@@ -216,6 +217,17 @@ def test_runs_alike_are_told_together_with_their_deviation(tmp_path):
         f"{name}-{what}.png" for name in ("a", "b") for what in ("absolute", "k_norm", "q_norm")
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_layers_are_called_by_their_members(monkeypatch, tmp_path):
+    read, ticks = source(), []
+    model = make(["rope(window=8)", 'rope(temper="su")'])  # they share one rope
+    monkeypatch.setattr(report, "heat", lambda *_, **options: ticks.extend(options["ticks"][1].values()))
+    _, lines, draw = frequencies.look({"a": (model, long_windows(read, T, 2, 2), loss_of(model, read))}, CPU)
+    draw(tmp_path)
+    cells = [line.split(" | ")[1] for line in lines if line.startswith("| norm of the keys' pairs")]
+    assert cells == ["1, rope(window=8)", '2, rope(temper="su")']
+    assert ticks == [f"layer {cell}" for cell in cells] * 3
 
 
 def test_the_largest_pairs_and_how_many_runs_agree():

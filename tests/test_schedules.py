@@ -17,6 +17,7 @@ from core.optimizers import whole_matrices
 from core.settings import Config, Reading
 from lab import frequencies, spread
 from model import GPT, GPTConfig, generate
+from posenc import members
 
 T = small.T
 W = 5  # a trained window, in tokens
@@ -35,8 +36,15 @@ SCHEDULES = [
 ]
 
 
-def make(spec, **settings):
-    return small.make(spec, n_layer=len(posenc.members(spec)), **settings)
+# Recipes at the sizes here; how windows grow is not the model's.
+RECIPES = {
+    name: {key: value for key, value in settings.items() if key != "window_schedule"}
+    for name, settings in small.RECIPES.items()
+}
+
+
+def make(posenc, **settings):
+    return small.make(posenc, **{"n_layer": len(members(posenc))} | settings)
 
 
 def cached(model, tokens, size, **options):
@@ -50,10 +58,10 @@ def close(one, other):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", SCHEDULES, ids=str)
+@pytest.mark.parametrize("settings", [*({"posenc": spec} for spec in SCHEDULES), *RECIPES.values()], ids=str)
 @pytest.mark.parametrize("length", [T // 2, T, W - 1, W, W + 1, 8 * T])
-def test_cached_logits_equal_the_full_forward(spec, length):
-    model, tokens = make(spec), torch.randint(50, (2, length))
+def test_cached_logits_equal_the_full_forward(settings, length):
+    model, tokens = make(**settings), torch.randint(50, (2, length))
     full = model(tokens)
     for size in (1, 3, 7) if length <= T else (3, 50):
         logits, cache = cached(model, tokens, size)

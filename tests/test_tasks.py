@@ -219,7 +219,7 @@ class Reader:
 def test_all_right_is_one():
     for name in NAMES:
         result = exact_match(Reader(T), task_of(name), CPU, 5)
-        assert result["lengths"] == [64, 128, 192, 256, 384, 512] and result["exact"] == [1.0] * 6
+        assert result["lengths"] == [64, 128, 192, 256, 512, 1024] and result["exact"] == [1.0] * 6
         assert (result["train_length"], result["windows"], result["max_length"]) == (T, 5, None)
         assert max(result["loss"]) < bound(torch.float32, 257)  # a softmax over the vocabulary
 
@@ -331,7 +331,7 @@ def test_a_run_resumes_exactly_and_can_be_sampled_and_evaluated(learn, call_scri
     said = learn(out).stdout
     assert "endless training tokens (copy, bytes)" in said and "| exact match, 4 windows | 0.5 T | 1 T |" in said
     length = json.loads((out / "length.json").read_text(encoding="utf-8"))
-    assert length["lengths"] == [8, 16, 24, 32, 48, 64] and len(length["exact"]) == len(length["loss"]) == 6
+    assert length["lengths"] == [8, 16, 24, 32, 64, 128] and len(length["exact"]) == len(length["loss"]) == 6
     assert length["step"] == 24 and "commit" in length
     assert metrics(out, "loss")[24] < metrics(out, "loss")[1] - 1
     shutil.copytree(out, again)

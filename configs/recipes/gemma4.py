@@ -3,6 +3,8 @@ quarter of the pairs turns (p-RoPE).
 
 Scaled: the window to T/4; base 1e4 at 512 to 110 at 32, and 1e6 at 32,768 to 120 at 128 (command_a.py says how). Six
 layers of this width have as many parameters as the default model.
+
+Read in transformers' configuration_gemma4.py. Its length of training was not found; 32,768 is reported of Gemma 3.
 """
 
 n_layer = 6

@@ -1,7 +1,9 @@
 """nanochat (Karpathy 2025): three layers under a window of T/4 and one that sees everything, RoPE in all of them.
 
 Scaled: base 1e5 at 2,048 to 1100 at 128 (command_a.py says how). Queries and keys are normalised and multiplied by 1.2
-each, logits by 1.44.
+each, logits by 1.44. There the last layer sees everything wherever the pattern ends.
+
+Read in karpathy/nanochat, nanochat/gpt.py at 92d63d4.
 """
 
 posenc = [
