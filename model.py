@@ -113,8 +113,8 @@ class Attention(nn.Module):
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if self.qk_scale is not None or self.fixed_scale != 1:
             q = q * (self.fixed_scale if self.qk_scale is None else self.qk_scale.to(q.dtype))
-        q = call.temper(q, self.temper_kind, self.train_length, self.temper, x_now)
-        parts = call.parts(encoding, self.layer, q, k, v, x, self.sink_logit)
+        temper = call.temper(q, self.temper_kind, self.train_length, self.temper, x_now)
+        parts = call.parts(encoding, self.layer, (q, k, v), x, temper, self.sink_logit)
         y = attend(encoding, parts, self.dropout if self.training else 0.0).transpose(1, 2)  # (B, T, H, D)
         if self.gate is not None:
             y = additions.gated(y, self.gate_kind, F.linear(x_now, self.gate))

@@ -152,25 +152,40 @@ class ALiBi(Encoding):
 
     For H not a power of two there are two published rules. `slopes="authors"`, the code's, takes the slopes of the next
     lower power P and every other slope of 2P: 12 heads get .5 ... .0039, then .7071, .3536, .1768, .0884.
-    `slopes="paper"` is the formula as it stands. No parameters. Past T the loss stays flat: far keys have faded out
-    already, which is also why it gains little from a longer context. Traps: the bias is not divided by sqrt(D), and
-    bfloat16 would merge most of its values.
+    `slopes="paper"` is the formula as it stands, and "harmonic" is 1/h. `heads` is the share that has slopes: with half
+    of them, harmonic, it is NAPE (Vasylenko et al. 2025), whose other heads see all keys alike. No parameters. Past T
+    the loss stays flat: far keys have faded out already, which is also why it gains little from a longer context;
+    heads without a slope see far, and spread. Traps: the bias is not divided by sqrt(D), and bfloat16 would merge most
+    of its values; NAPE's authors sharpen the heads without slopes alone, and a temper here sharpens all.
+
+    In 2026 it is a control: papers print it because it stays stable.
     """
 
     name = "alibi"
-    arguments = {"slopes": ("authors", "paper")}
+    arguments = {"slopes": ("authors", "paper", "harmonic"), "heads": 1.0}
     relative = True
+    variants = ('alibi(slopes="harmonic", heads=0.5)',)
 
     def setup(self):
-        def powers(heads):
-            return [2 ** (-8 * h / heads) for h in range(1, heads + 1)]
-
-        lower = 2 ** int(math.log2(self.n_head)) if self.slopes == "authors" else self.n_head
-        slope = powers(lower) + powers(2 * lower)[::2][: self.n_head - lower]
+        count = int(self.heads * self.n_head)
+        self.require(1 <= count <= self.n_head, f"heads must be a share that gives 1 ... {self.n_head} heads a slope")
+        slope = slopes(count, self.slopes) + [0.0] * (self.n_head - count)
         self.register_buffer("slope", torch.tensor(slope), persistent=False)
 
     def distance_bias(self, n):
         return -along_heads(self.slope, n) * n
+
+
+def slopes(heads, rule):
+    """alibi's slopes for so many heads, by one of its rules."""
+    if rule == "harmonic":
+        return [1 / h for h in range(1, heads + 1)]
+
+    def powers(heads):
+        return [2 ** (-8 * h / heads) for h in range(1, heads + 1)]
+
+    lower = 2 ** int(math.log2(heads)) if rule == "authors" else heads
+    return powers(lower) + powers(2 * lower)[::2][: heads - lower]
 
 
 class RoPE(Encoding):
@@ -209,6 +224,9 @@ class RoPE(Encoding):
     for c = T those that never showed a whole turn; `clip` fades the last pairs, that share of all, to 0 along a cosine,
     which its authors call CoPE (Li et al. 2026, .31 there). `values` turns values as keys, and what attention returns
     back by the query's angle, so that values are relative too (DeepSeek V4's code).
+
+    `learned` frequencies are GRAPE-M's (Zhang et al. 2025): every layer has its own w_m = e^(z_m / 16), which begin as
+    those of `base`. The 16, their code's, slows them down, since an angle at position p moves p times as far as w.
     """
 
     name = "rope"
@@ -217,6 +235,7 @@ class RoPE(Encoding):
         "scaling": ("none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"), "factor": 8.0,
         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "short_factor": [], "long_factor": [], "attention_factor": 0.0, "cut": 0, "clip": 0.0, "values": False,
+        "learned": False,
     }  # fmt: skip
     forms = {"scaling": {
         "linear": ("factor",),
@@ -228,7 +247,7 @@ class RoPE(Encoding):
     }}  # fmt: skip
     shared = True
     relative = True
-    variants = ("rope(fraction=0.75)", "rope(dims=8)", "rope(values=True)")
+    variants = ("rope(fraction=0.75)", "rope(dims=8)", "rope(values=True)", "rope(learned=True)")
     stretches = (
         'rope(scaling="linear")', 'rope(scaling="ntk")', 'rope(scaling="dynamic", factor=1)', 'rope(scaling="yarn")',
         'rope(scaling="llama3")', "rerope", "self_extend",
@@ -261,6 +280,11 @@ class RoPE(Encoding):
         self.turns_values = self.__dict__.pop("values")  # The argument would hide the hook of that name.
         fits = self.rotate_once or not self.turns_values
         self.require(fits, f"values that turn need a scaling other than {self.scaling}")
+        self.shared = not self.learned
+        self.slowed = nn.Parameter(torch.empty(self.dims // 2)) if self.learned else None  # 16 ln w
+
+    def init_parameter(self, name, parameter, generator):
+        parameter.copy_(16 * frequencies(self.dims, self.base, parameter.dtype, parameter.device).log())
 
     def rotate(self, pairs):
         return self.turn(pairs.q, pairs.i, pairs.length), self.turn(pairs.k, pairs.j, pairs.length)
@@ -273,7 +297,7 @@ class RoPE(Encoding):
         factor on cos and sin."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         key = (pos, dtype, length, magnify)
-        cos, sin = self.once(key, lambda: self.table(pos, dtype, length, magnify))  # (T, dims/2) each
+        cos, sin = self.once_per_weights(key, lambda: self.table(pos, dtype, length, magnify))  # (T, dims/2) each
         sin = -sin if back else sin
         a, b, rest = x.to(dtype).split((self.dims // 2, self.dims // 2, self.head_dim - self.dims), dim=-1)
         turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
@@ -281,7 +305,10 @@ class RoPE(Encoding):
 
     def frequency(self, length, dtype, device=None):
         """Frequencies (dims/2,) in a context of `length` tokens, 0 for pairs that stay; and the factor on cos, sin."""
-        frequency = frequencies(self.dims, self.base, dtype, device)
+        if self.learned:
+            frequency = (self.slowed.to(dtype) / 16).exp()
+        else:
+            frequency = frequencies(self.dims, self.base, dtype, device)
         frequency, magnitude = getattr(self, f"by_{self.scaling}")(frequency, max(length, self.train_length))
         pairs = torch.arange(self.dims // 2, device=device, dtype=dtype)
         turning = pairs < int(self.fraction * self.dims / 2)
@@ -294,7 +321,7 @@ class RoPE(Encoding):
 
     def table(self, pos, dtype, length, magnify=True):
         def frequency(dtype):
-            return self.once((length, dtype, pos.device), lambda: self.frequency(length, dtype, pos.device))
+            return self.once_per_weights((length, dtype, pos.device), lambda: self.frequency(length, dtype, pos.device))
 
         angle, (_, magnitude) = angles(pos, dtype, lambda dtype: frequency(dtype)[0]), frequency(dtype)
         magnitude = magnitude if magnify else 1.0

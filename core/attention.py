@@ -101,6 +101,8 @@ def fused(encoding, parts, dropout=0.0, bias=None):
         bias = mask(pairs)
     if pairs.sink is not None:
         q, k, v, bias = with_sink(pairs.sink, q, k, v, bias)
+    if v.shape[-1] < q.shape[-1]:  # The kernel has one width for all of them.
+        v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
     if not (q.device.type == "cpu" or (bias is None and is_half(q))):
         # A GPU's kernel for masks, or for float32, takes no groups: torch would write all logits out, without a word.
         k, v = for_every_head(k, q), for_every_head(v, q)
@@ -109,7 +111,7 @@ def fused(encoding, parts, dropout=0.0, bias=None):
         # The kernel's own triangle begins at the top left: right for T = S. One query over all keys needs no mask.
         is_causal=bias is None and T > 1, scale=D**-0.5, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    return turned_back(encoding, y if pairs.sink is None else y[:, :, -T:, :D], pairs.i)
+    return turned_back(encoding, y[:, :, -T:, :D], pairs.i)
 
 
 def with_sink(sink, q, k, v, bias):
@@ -166,23 +168,26 @@ def in_sight(pairs, begin, end):
 
 
 def flex(encoding, parts, dropout=0.0):
-    """Attention by a kernel compiled for a bias by distance alone, added in float32, and for what a layer sees: it
-    skips the blocks of keys that no query of a block sees. T = S, and nothing is (T, T)."""
+    """Attention by a kernel compiled for a factor and a bias by distance alone, in float32, and for what a layer sees:
+    it skips the blocks of keys that no query of a block sees. T = S, and nothing is (T, T)."""
     (pairs,) = parts
-    T, device, biased_score = len(pairs.i), pairs.q.device, None
-    if encoding.biases:
-        table = encoding.distance_bias(torch.arange(T, device=device)).contiguous()  # (H, T)
+    T, device = len(pairs.i), pairs.q.device
+    n = torch.arange(T, device=device)
+    scale, bias = (None if table is None else table.contiguous()  # (H, T)
+                   for table in (encoding.distance_scale(n), encoding.distance_bias(n)))  # fmt: skip
 
-        def biased_score(score, b, h, i, j):
-            return score + table[h, (i - j).abs()]  # later keys take any entry, unseen
+    def score(product, b, h, i, j):
+        n = (i - j).abs()  # later keys take any entry, unseen
+        scaled = product if scale is None else product * scale[h, n]
+        return scaled if bias is None else scaled + bias[h, n]
 
     if torch.compiler.is_compiling():
         attention, pattern = flex_attention, blocks(T, pairs.sight, device)
     else:
         attention, pattern = compiled_flex(), kept_blocks(T, pairs.sight, device, torch.is_inference_mode_enabled())
     y = attention(
-        pairs.q, pairs.k, pairs.v, scale=pairs.v.shape[-1] ** -0.5, block_mask=pattern, score_mod=biased_score,
-        enable_gqa=pairs.q.shape[1] != pairs.k.shape[1],
+        pairs.q, pairs.k, pairs.v, scale=pairs.v.shape[-1] ** -0.5, block_mask=pattern,
+        enable_gqa=pairs.q.shape[1] != pairs.k.shape[1], score_mod=score,
     )  # fmt: skip
     return turned_back(encoding, y, pairs.i)
 
@@ -206,11 +211,11 @@ def choose(encoding, parts, dropout):
     if encoding.writes_out or len(parts) > 1 or slow:
         return written_out
     plain = pairs.seen is None and len(pairs.i) == len(pairs.j) and pairs.sink is None and not dropout
-    skips = plain and is_half(q) and flexes(q)
-    if not encoding.biases:
+    skips = plain and is_half(q) and q.shape[-1] == pairs.v.shape[-1] and flexes(q)
+    if not encoding.biases and not encoding.scales:
         return flex if skips and pairs.sight.span else fused
     if not is_half(q):
-        return biased
+        return written_out if encoding.scales else biased
     return flex if skips and encoding.by_distance else written_out
 
 

@@ -255,32 +255,34 @@ class Call:
         return cls(past, pos, k_pos, seen, bounds, band, near, length, reach, sight, watch)
 
     def temper(self, q, kind, trained, learned=None, x=None):
-        """Queries q (B, H, T, D), times the temper of that kind; core/additions.py says what it takes. The past may ask
-        for su where there is none."""
+        """The temper of that kind for queries q (B, H, T, D), which broadcasts over them, or None; core/additions.py
+        says what it takes. The past may ask for su where there is none."""
         kind = "su" if kind == "none" and self.past.log_n else kind
         if kind == "none" or (kind in BY_POSITION and self.sight.span):
-            return q
+            return None
         chunk, wide = self.sight.chunk, torch.promote_types(q.dtype, torch.float32)
         n = (self.pos % chunk if chunk else self.pos).clamp(max=self.reach - 1) + 1
-        return q * factor(kind, n.to(wide), self.pos.to(wide), trained, learned, x).to(q.dtype)
+        return factor(kind, n.to(wide), self.pos.to(wide), trained, learned, x).to(q.dtype)
 
-    def parts(self, encoding, layer, q, k, v, x, sink=None):
-        """Queries q (B, H, T, D), and keys and values (B, H_kv, M, D) of the M tokens that entered the layer as
+    def parts(self, encoding, layer, qkv, x, temper=None, sink=None):
+        """Queries (B, H, T, D), and keys and values (B, H_kv, M, D) of the M tokens that entered the layer as
         x (B, M, C) -> [Pairs] over all keys of the past, rotated, as `attend` takes them.
 
         There are two where a window has sinks: relative encodings meet those as if they lay just before the window
         (Xiao et al. 2023, StreamingLLM). At their true distance they would be farther than training showed.
         """
+        (q, k, v), T = qkv, len(self.pos)
         i, j = (encoding.positions(pos, self.length) for pos in (self.pos, self.k_pos))
         state = encoding.state(x, self.past.last(layer)) if encoding.has_state else {}
-        own = {name: x[:, :, -len(i) :] for name, x in state.items()}
+        own = {name: x[:, :, -T:] for name, x in state.items()} | encoding.asks(x[:, -T:])
         # Over a memory, k has the keys of all tokens already; a cache adds those of the tokens before.
-        new = Pairs(q, k, v, i, i if k.shape[2] == len(i) else j, None, state, own, self.reach)
+        new = Pairs(q, k, v, i, i if k.shape[2] == T else j, None, state, own, self.reach, temper)
         if encoding.rotate_once:
-            q, k = encoding.rotate(new)
+            q, k = tempered(encoding, new)
         v = encoding.turn_values(v, new.j) if encoding.turns_values else v
         kept = self.past.append(layer, k=k, v=v, **state)
-        held = Pairs(q, kept.pop("k"), kept.pop("v"), i, j, self.seen, kept, own, self.reach, sink, self.bounds)
+        k, v = kept.pop("k"), kept.pop("v")
+        held = Pairs(q, k, v, i, j, self.seen, kept, own, self.reach, temper, sink, self.bounds)
         pairs = held if encoding.rotate_once else rotated(encoding, held)
         if self.watch is not None:
             self.watch(layer, encoding, new, pairs)
@@ -293,12 +295,17 @@ class Call:
         once and stay as they are, or they are rotated here."""
         first = held.rows(0, len(self.pos), slice(self.past.sinks))
         near = replace(new if encoding.rotate_once else first, i=encoding.positions(self.near, self.length))
-        q, k = encoding.rotate(near)
+        q, k = tempered(encoding, near)
         k = first.k if encoding.rotate_once else k
         return replace(first, q=q, k=k, i=near.i, seen=(self.seen & ~self.band)[:, : self.past.sinks])
 
 
-def rotated(encoding, pairs):
-    """The Pairs with queries and keys as the encoding rotates them."""
+def tempered(encoding, pairs):
+    """The Pairs' q and k as the encoding rotates them, the queries times their temper."""
     q, k = encoding.rotate(pairs)
+    return q if pairs.temper is None else q * pairs.temper, k
+
+
+def rotated(encoding, pairs):
+    q, k = tempered(encoding, pairs)
     return replace(pairs, q=q, k=k)

@@ -7,6 +7,7 @@ that overrides the hooks it needs:
     ffn(pos, width)          (T,) -> (T, width)       added inside the feed-forward layer
     rotate(pairs)            -> q, k                  queries and keys, transformed
     distance_bias(n)         (...) -> (H, ...)        added to the logits, from the distance n = i - j alone
+    distance_scale(n)        (...) -> (H, ...)        a factor on the logits, before that is added
     bias(i, j)               (T,), (S,) -> (H, T, S)  added to the logits where i and j themselves matter
     logits(pairs)            -> (B, H, T, S)          all of the logits, where the content matters too
     values(weights, pairs)   -> (B, H, T, D)          the output of attention, from its weights
@@ -69,8 +70,9 @@ class Pairs:
     j: Tensor  # (S,) positions of the keys
     seen: Tensor | None = None  # (T, S) bool; None: every key of `sight` up to the query's own, which is a last token
     state: dict = field(default_factory=dict)  # name -> (B, H, S, any): what the encoding keeps for every key
-    own: dict = field(default_factory=dict)  # name -> (B, H, T, any): what it keeps for the queries' own tokens
+    own: dict = field(default_factory=dict)  # name -> (B, H, T, any): the same for the queries' own tokens, and `asks`
     length: int = 0  # tokens in sight, those to come included, for what is scaled to the context
+    temper: Tensor | None = None  # broadcasts over q: the factor that q gets once it is rotated
     sink: Tensor | None = None  # (H,) the logit of a key without a value, which every query sees besides
     sight: Sight = ALL  # what hides keys besides causality where `seen` is None; of all tokens from the first on, S = T
 
@@ -81,7 +83,7 @@ class Pairs:
             None if self.seen is None else self.seen[begin:end, keys],
             {name: x[:, :, keys] for name, x in self.state.items()},
             {name: x[:, :, begin:end] for name, x in self.own.items()},
-            self.length, self.sink,
+            self.length, None if self.temper is None else self.temper[..., begin:end, :], self.sink,
         )  # fmt: skip
 
 
@@ -119,8 +121,9 @@ class Encoding(nn.Module):
         cls.embeds = overrides("embed")
         cls.has_state = overrides("state")
         cls.biases = overrides("bias") or overrides("distance_bias")
-        # A table by distance can hold the bias only where positions are the tokens' indices.
-        cls.by_distance = overrides("distance_bias") and not overrides("positions")
+        cls.scales = overrides("distance_scale")
+        # A table by distance can hold bias and factor only where positions are the tokens' indices.
+        cls.by_distance = not overrides("positions") and overrides("distance_bias") == cls.biases
         cls.writes_out = overrides("logits") or overrides("values")  # no fused kernel computes it
         if cls.name:
             ENCODINGS[cls.name] = cls
@@ -194,6 +197,10 @@ class Encoding(nn.Module):
         """n >= 0, int64 of any shape -> (H, *n.shape), added to the logits after their division by sqrt(D). Whoever
         overrides it promises that `bias` is nothing else: on a GPU a kernel may read it from a table."""
 
+    def distance_scale(self, n):
+        """n >= 0, int64 of any shape -> (H, *n.shape), by which q k / sqrt(D) is multiplied before any bias is added.
+        Whoever overrides it gives up the fused kernel, but not the one that reads tables."""
+
     def bias(self, i, j):
         """i (T,), j (S,) -> (H, T, S) added to the logits. The causal mask is not its business."""
         return self.distance_bias(distances(i, j))
@@ -203,11 +210,18 @@ class Encoding(nn.Module):
         token beside its key. last: that of the token before; {} at the beginning, and over a Memory, which is in x."""
         return {}
 
+    def asks(self, x):
+        """The input of attention x (B, T, C) of the queries' tokens -> {name: (B, H, T, any)} that belong to queries
+        alone, and so are not kept: they are in `Pairs.own`."""
+        return {}
+
     def logits(self, pairs):
         """Pairs, as `rotate` left them, with `seen` made and a key for every head -> (B, H, T, S). Whoever overrides it
         gives up the fused kernel. Keys that are not seen are hidden afterwards; those of a class that has a bias are
         minus infinity in what this method returns, which must then be added to and not multiplied."""
         logits = (pairs.q * self.head_dim**-0.5) @ pairs.k.transpose(-2, -1)
+        if self.scales:
+            logits = logits * self.distance_scale(distances(pairs.i, pairs.j))
         if not self.biases:
             return logits
         return logits + self.bias(pairs.i, pairs.j).masked_fill(~pairs.seen, -math.inf)
@@ -238,10 +252,9 @@ class Encoding(nn.Module):
         return self.memo[cache_key][1]
 
     def once_per_weights(self, key, compute):
-        """compute(), stored as by `once` until a parameter changes; computed anew wherever gradients flow."""
-        if torch.is_grad_enabled():
-            return compute()
-        return self.once((*key, *((p.data_ptr(), p._version) for p in self.parameters())), compute)
+        """compute(), stored as by `once` until a parameter changes; computed anew wherever gradients flow to one."""
+        versions = [(p.data_ptr(), p._version) for p in self.parameters()]
+        return compute() if versions and torch.is_grad_enabled() else self.once((*key, *versions), compute)
 
     def train(self, mode=True):
         self.memo = {}  # fused optimisers change parameters without telling their version

@@ -84,11 +84,11 @@ def plain_member(member, config):
         elif scaling == "linear" and factor == 1:
             arguments |= {"scaling": "none"}
         keys = next(keys for ours, keys in SCALINGS.values() if ours == arguments["scaling"])
-        ours_alone = [key for key in ("cut", "clip", "values") if arguments[key]]
+        ours_alone = [key for key in ("cut", "clip", "values", "learned") if arguments[key]]
         said = ("base", "fraction", "scaling", *keys, *ours_alone)
         arguments = {key: arguments[key] for key in said} | {"dims": dims}
-    elif cls is posenc.ALiBi and config.n_head.bit_count() == 1:
-        arguments = {}  # both rules give the same slopes
+    elif cls is posenc.ALiBi and config.n_head.bit_count() == 1 and arguments["slopes"] == "paper":
+        arguments |= {"slopes": "authors"}  # both rules give the same slopes
     elif cls is posenc.Learned and arguments["overflow"] != "interpolate":
         arguments = {"overflow": arguments["overflow"]}
     for key, value in arguments.items():

@@ -35,7 +35,7 @@ def rotation(model):
     """The RoPE that all layers share; UserError where they have none, or more than it."""
     inner = [encoding.inner if isinstance(encoding, Randomized) else encoding for encoding in model.posenc]
     ropes = [encoding for encoding in inner if isinstance(encoding, RoPE)]
-    if len({id(encoding) for encoding in inner}) == 1 and ropes and not ropes[0].writes_out:
+    if len({id(encoding) for encoding in inner}) == 1 and ropes and not (ropes[0].writes_out or ropes[0].scales):
         return ropes[0]
     why = "does more than turn the pairs of all layers alike" if ropes else "has none"
     raise UserError(f"--frequencies looks at rotations: {model.config.posenc} {why}; name runs of rope or xpos")
@@ -58,7 +58,7 @@ def contributions(q, k, dims):
 def wavelengths(model):
     """(P,) float64: the tokens in which each pair makes a turn, in a context of T; inf where it does not turn."""
     rope, T = rotation(model), model.config.train_length
-    frequency, _ = rope.frequency(T, torch.float64)
+    frequency = rope.frequency(T, torch.float64)[0].detach()
     still = (rope.head_dim - rope.dims + 1) // 2
     first, second = model.posenc[0].positions(torch.arange(2), T).tolist()  # `randomized` takes long steps
     return 2 * math.pi / (second - first) / F.pad(frequency, (0, still))

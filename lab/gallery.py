@@ -111,7 +111,7 @@ def probe(encoding, length, count=64):
     x = torch.randn(count, 1, encoding.n_embd, generator=generator).expand(-1, length, -1)
     groups = encoding.n_head // encoding.n_kv_head
     keys, state = same.expand(-1, -1, length, -1), encoding.state(x, {})
-    own = {name: kept[:, :, -1:] for name, kept in state.items()}
+    own = {name: kept[:, :, -1:] for name, kept in state.items()} | encoding.asks(x[:, -1:])
     seen = torch.ones(1, length, dtype=torch.bool)
     pairs = Pairs(same.repeat_interleave(groups, 1), keys, keys, pos[-1:], pos, seen, state, own, length)
     q, k = encoding.rotate(pairs)

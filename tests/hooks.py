@@ -4,10 +4,10 @@ from core import attention
 from core.encoding import ALL, Pairs
 
 
-def pairs(q, k, v, i, j, seen=None, state=None, length=0, sight=ALL):
+def pairs(q, k, v, i, j, seen=None, state=None, length=0, asked=None, sight=ALL):
     """The queries are the last T of the keys' tokens."""
     state = state or {}
-    own = {name: x[:, :, -len(i) :] for name, x in state.items()}
+    own = {name: x[:, :, -len(i) :] for name, x in state.items()} | (asked or {})
     return Pairs(q, k, v, i, j, seen, state, own, length, sight=sight)
 
 
@@ -15,8 +15,8 @@ def rotate(encoding, q, k, i, j, length):
     return encoding.rotate(pairs(q, k, k, i, j, length=length))
 
 
-def logits(encoding, q, k, i, j, seen, **state):
-    return encoding.logits(pairs(q, k, k, i, j, seen, state))
+def logits(encoding, q, k, i, j, seen, asked=None, **state):
+    return encoding.logits(pairs(q, k, k, i, j, seen, state, asked=asked))
 
 
 def attend(encoding, q, k, v, i, j, seen=None, state=None, dropout=0.0, sight=ALL):

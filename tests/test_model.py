@@ -27,7 +27,10 @@ UNBOUNDED = posenc.every()
 LOGIT = 64  # the largest logit of attention that counts here; its rounding moves the weights by as much
 # Two ways to the same logits of a model in float64, up to 8 T tokens long.
 EXACT = bound(torch.float64, sums(GPTConfig(vocab_size=50, n_layer=4, n_embd=32), keys=8 * T), scale=LOGIT)
-BY_DISTANCE = ["scaled_bias", "alibi", "t5", "kerple", 'kerple(form="power")', "sandwich"]
+BY_DISTANCE = [
+    "scaled_bias", "alibi", 'alibi(slopes="harmonic", heads=0.5)', "t5", "kerple", 'kerple(form="power")', "sandwich",
+    "scale_invariant", "scale_invariant(fraction=0)",
+]  # fmt: skip
 BOUNDED = ["rope(window=70)", "none(chunk=100)", "alibi(window=129)", "rope(values=True, window=150, chunk=200)"]
 
 

@@ -52,7 +52,8 @@ def ask(encoding, pos=APART, length=None):
     with torch.no_grad():
         new_q, new_k = rotate(encoding, q, k, q_pos, k_pos, length or pos[-1] + 1)
         new_k = new_k.repeat_interleave(groups, 1)
-        got = logits(encoding, new_q, new_k, q_pos, k_pos, k_pos <= q_pos[:, None], **encoding.state(x, {}))
+        asked = encoding.asks(x[:, -QUERIES:])
+        got = logits(encoding, new_q, new_k, q_pos, k_pos, k_pos <= q_pos[:, None], asked, **encoding.state(x, {}))
     return got.tolist(), q.tolist(), k.repeat_interleave(groups, 1).tolist(), x.tolist()
 
 

@@ -1,7 +1,8 @@
 """Biases on the logits, by how far a key lies back and whatever the tokens say.
 
-The hook is `distance_bias(n)`: distances n >= 0 of any shape to (H, *n.shape), added to q k / sqrt(D). A bias by
-distance alone is a table, which a kernel on a GPU reads without ever making (T, S). Where the positions i and j matter
+The hook is `distance_bias(n)`: distances n >= 0 of any shape to (H, *n.shape), added to q k / sqrt(D);
+`distance_scale(n)` is a factor on that, of the same form. What the distance alone decides is a table, which a kernel on
+a GPU reads without ever making (T, S). Where the positions i and j matter
 by themselves too (fire), the hook is `bias(i, j)`. Biases stay in float32: half precision would merge distances.
 """
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.encoding import Encoding, along_heads, distances
+from posenc import RoPE
 
 
 class ScaledBias(Encoding):
@@ -98,6 +100,38 @@ class FIRE(Encoding):
             whole = torch.maximum(i.to(dtype), (self.threshold * self.train_length).abs())[:, None]
             share = torch.log1p(c * distances(i, j).to(dtype)) / (torch.log1p(c * whole) + 1e-6)
             return self.outer(F.relu(self.inner(share[..., None]))).movedim(-1, 0)
+
+
+class ScaleInvariant(RoPE):
+    """Scale-invariant attention: far keys get less weight and more contrast (Anson et al. 2025, arXiv 2505.17083).
+
+        L = a S + m,  a = sqrt(1 + 2 ln(1 + n/tau)),  m = -2 ln(1 + n/tau),  S = q k / sqrt(D)
+
+    For normal S of variance one, E[e^L] = e^(1/2) / (1 + n/tau): the keys from n to 10 n have as much weight in sum at
+    every n, and few of them take it. No parameters; a by itself is new, while m is kerple's log form with r1 = 2 and
+    r2 = 1/tau. The factor gives up the fused kernel, but where a GPU reads tables of distances. It stands over the
+    p-RoPE that its authors train with it, `base` and `fraction` being rope's, and fraction=0 leaves it alone. Past T
+    its loss is flat in their table, and so is retrieval. Trap: the variance of S is one with `--qk_norm`, and
+    anything without; then a and m do not belong to each other.
+
+    In 2026 it is alive.
+    """
+
+    name = "scale_invariant"
+    arguments = RoPE.arguments | {"base": 1024.0, "fraction": 0.5, "tau": 10.0}
+    variants = ("scale_invariant(fraction=0)",)
+    stretches = ()
+
+    def setup(self):
+        super().setup()
+        self.require(self.tau > 0, f"tau must be above 0, not {self.tau}")
+        self.register_buffer("unit", torch.tensor(self.tau), persistent=False)
+
+    def distance_bias(self, n):
+        return (-2 * torch.log1p(n / self.unit)).expand(self.n_head, *n.shape)
+
+    def distance_scale(self, n):
+        return (1 - self.distance_bias(n)).sqrt()
 
 
 class Sandwich(Encoding):

@@ -1,8 +1,8 @@
 """Logits that depend on what the tokens say: biases by content, and rules in place of q k / sqrt(D).
 
-The hook is `logits(pairs)`: all of the logits (B, H, T, S), from queries, keys, their positions, and what
-`state(x, last)` keeps for every token beside its key. It gives up the fused kernel, which computes q k / sqrt(D) and
-no more. `values(weights, pairs)` is the output of attention, to which shaw adds.
+The hook is `logits(pairs)`: all of the logits (B, H, T, S), from queries, keys, their positions, what `state(x, last)`
+keeps for every token beside its key, and what `asks(x)` gives to queries alone. It gives up the fused kernel, which
+computes q k / sqrt(D) and no more. `values(weights, pairs)` is the output of attention, to which shaw adds.
 """
 
 import math
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.encoding import Encoding, distances
-from posenc import sinusoids
+from core.encoding import Encoding, along_heads, distances
+from posenc import sinusoids, slopes
 from zoo.absolute import rows_beyond
 from zoo.biases import Kerple
 
@@ -98,7 +98,9 @@ class CoPE(Encoding):
     p is at most M - 1, M = `max_position`. M D parameters a layer, starting at zero; and two gathers of B H T S
     elements, so it is slow. It counts words or lines where the content says so. Past T the gates, summed over more
     keys, push far keys to the last row together, which training met: the loss rises slowly. Positions themselves
-    are never used.
+    are never used. Trap: another CoPE, Clipped RoPE (Li et al. 2026), is rope's `clip`.
+
+    In 2026 it is a control.
     """
 
     name = "cope"
@@ -130,7 +132,10 @@ class FoX(Encoding):
     H (C + 1) parameters a layer. The cache keeps the running sum F beside the keys. Past T what is far has been
     forgotten, as in alibi, but by decisions of the content: the loss stays flat. Positions themselves are never
     used. Traps: F in half precision loses the small differences that matter (float32 has them to F / 2^24, and
-    F grows with the text); and sinks are forgotten like anything else.
+    F grows with the text); and sinks are forgotten like anything else. Cable (arXiv 2503.08067) is the same formula: it
+    adds up -softplus(w x), which is ln sigmoid(-w x).
+
+    In 2026 it is alive.
     """
 
     name = "fox"
@@ -147,6 +152,80 @@ class FoX(Encoding):
 
     def logits(self, pairs):
         return super().logits(pairs) + (pairs.own["total"] - pairs.state["total"].mT)
+
+
+class Inkling(Encoding):
+    """Relative logits: every token says how it looks at each distance, up to an extent (Thinking Machines 2026, code).
+
+        b = (W_h x_i) P[n]  for n < E,  else 0
+
+    W_h x has `width` numbers for every head; the E profiles P are shared by the heads. C H width + E width parameters a
+    layer, P starting at zero; the bias costs what shaw's does, and its numbers belong to the queries, so the cache
+    keeps nothing more. Past E there is none, and only content is left, by construction. `extent` E is T/2 unless given:
+    the model has 1024 over everything, and in layers with a window of 512 just that. A row past T would never be
+    trained. It is meant for normalised queries and keys. Traps: the bias is not divided by sqrt(D), and the product of
+    q and k by D there (qk_scale = 1/sqrt(D) here); and a temper sharpens the bias with it.
+
+    In 2026 it is alive.
+    """
+
+    name = "inkling"
+    arguments = {"width": 16, "extent": 0}
+    relative = True
+
+    def setup(self):
+        self.extent = self.extent or max(1, self.train_length // 2)
+        self.require(self.width >= 1 and self.extent >= 1, "width and extent must be at least 1")
+        self.project = nn.Linear(self.n_embd, self.n_head * self.width, bias=False)
+        self.profile = nn.Parameter(torch.empty(self.extent, self.width))
+
+    def asks(self, x):
+        relative = F.linear(x, self.project.weight.to(x.dtype))
+        return {"relative": relative.unflatten(-1, (self.n_head, self.width)).transpose(1, 2)}
+
+    def logits(self, pairs):
+        row = distances(pairs.i, pairs.j).clamp(max=self.extent)
+        relative = pairs.own["relative"] if pairs.temper is None else pairs.own["relative"] * pairs.temper
+        table = F.pad(self.profile, (0, 0, 0, 1)).to(relative.dtype)  # a last row of zeros, for all that is farther
+        return super().logits(pairs) + by_row(relative, table, row)
+
+
+class GrapeA(Encoding):
+    """GRAPE-A: alibi, whose slopes queries and keys decide (Zhang et al. 2025, arXiv 2512.07805).
+
+        b = -n m_h softplus(o_h) (softplus(v_h q_i / sqrt(D)) + softplus(u_h k_j / sqrt(D))),  m_h alibi's slopes
+
+    u, v are of length one, whatever the parameters, which start from N(0, 1/D); softplus(o) starts at 1. H (2D + 1)
+    parameters a layer. At first it is about alibi times 1.4. The cost is that of a few sums of B H T S elements. Past T
+    far keys fade as in alibi, but no key can refuse to: the factor is never zero. Trap: half precision would merge
+    slopes times distances, so both are in float32.
+
+    In 2026 it is alive.
+    """
+
+    name = "grape_a"
+    relative = True
+
+    def setup(self):
+        self.register_buffer("slope", torch.tensor(slopes(self.n_head, "authors")), persistent=False)
+        self.strength = nn.Parameter(torch.empty(self.n_head))
+        self.u, self.v = (nn.Parameter(torch.empty(self.n_head, self.head_dim, 1)) for _ in range(2))
+
+    def init_parameter(self, name, parameter, generator):
+        if name == "strength":
+            parameter.fill_(math.log(math.e - 1))
+        else:
+            parameter.normal_(std=self.head_dim**-0.5, generator=generator)
+
+    def logits(self, pairs):
+        slope = along_heads(self.slope * F.softplus(self.strength), pairs.seen)
+        rate = self.rate(pairs.q, self.v) + self.rate(pairs.k, self.u).mT  # (B, H, T, S)
+        return super().logits(pairs) - slope * distances(pairs.i, pairs.j) * rate
+
+    def rate(self, x, direction):
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(direction.dtype) * self.head_dim**-0.5
+            return F.softplus(x @ F.normalize(direction, dim=1))  # (B, H, T, 1)
 
 
 class DAPE(Kerple):

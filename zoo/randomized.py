@@ -61,7 +61,7 @@ class Randomized(Encoding):
 
 # The hooks and facts that `randomized` takes from its inner encoding.
 DELEGATED = (
-    "embed", "ffn", "rotate", "distance_bias", "bias", "state", "logits", "values",
+    "embed", "ffn", "rotate", "distance_bias", "distance_scale", "bias", "state", "asks", "logits", "values",
     "turn_values", "turns_values",
-    "embeds", "biases", "has_state", "writes_out", "shared", "chunk", "max_length", "way_out",
+    "embeds", "biases", "scales", "has_state", "writes_out", "shared", "chunk", "max_length", "way_out",
 )  # fmt: skip

@@ -10,9 +10,12 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from core.encoding import distances
-from posenc import RoPE
+from core.encoding import Encoding, distances
+from posenc import RoPE, angles, frequencies
+from zoo.biases import clamped
 
 AT_ONCE = 1 << 14  # tokens that enter an empty cache together
 LARGEST = 80.0  # a power e^80 of queries or keys leaves float32 room for their products
@@ -62,6 +65,53 @@ class XPos(RoPE):
         zeta = (2 * m + self.gamma * self.head_dim) / ((1 + self.gamma) * self.head_dim)
         scale = zeta.repeat(2) ** (power[:, None].to(dtype) / self.scale_base)  # (T, D)
         return (x * scale).to(dtype if x.dtype == torch.float16 else x.dtype)
+
+
+class PoPE(Encoding):
+    """Polar position embedding: content makes lengths, positions make angles (Gopalakrishnan et al. 2025, arXiv
+    2509.10534).
+
+        S = sum_c softplus(q_c) softplus(k_c) cos(n w_c - d_hc) / sqrt(D),  w_c = base^(-c/D),  c = 0 ... D-1
+
+    In rope the angle between a pair of q and one of k is content as well as position, and either can pass for the
+    other; here no length depends on where, and no angle on what. H D parameters a layer: the phases d in -2 pi ... 0,
+    zero at first or, with start="uniform", anywhere in there. The fused kernel stays, over queries and keys of 2D
+    numbers, (u cos, u sin), and values padded to as many; the cache holds keys of twice the width. Past T the slow
+    channels meet new angles, as rope's do; its authors claim that it extrapolates all the same. Traps: the logits are
+    still divided by sqrt(D) and not sqrt(2D); theirs turns keys by d, and here queries turn back, which is the same
+    where each head has keys of its own, and serves heads that share them; a temper multiplies what comes out, as
+    softplus(f q) is not f softplus(q), but qk_scale acts inside.
+
+    In 2026 it is alive.
+    """
+
+    name = "pope"
+    arguments = {"base": 10000.0, "start": ("zero", "uniform")}
+    relative = True
+
+    def setup(self):
+        self.require(self.base > 1, f"base must be above 1, not {self.base}")
+        self.phase = nn.Parameter(torch.empty(self.n_head, 1, self.head_dim))
+
+    def init_parameter(self, name, parameter, generator):
+        parameter.uniform_(-2 * math.pi if self.start == "uniform" else 0.0, 0.0, generator=generator)
+
+    def rotate(self, pairs):
+        phase = clamped(self.phase, -2 * math.pi, 0)
+        return self.polar(pairs.q, self.angle(pairs.q, pairs.i) - phase), self.polar(
+            pairs.k, self.angle(pairs.k, pairs.j)
+        )
+
+    def angle(self, x, pos):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        every = 2 * self.head_dim  # `frequencies` gives one for every other of so many dimensions
+        return self.once(
+            (pos, dtype), lambda: angles(pos, dtype, lambda dtype: frequencies(every, self.base, dtype, pos.device))
+        )
+
+    def polar(self, x, angle):
+        radius = F.softplus(x.to(angle.dtype))
+        return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=-1).to(x.dtype)
 
 
 class ReRoPE(RoPE):
