@@ -65,7 +65,7 @@ class GPTConfig:
         require_range(self, "above 0", "qk_scale")
         require(self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         require(self.n_head % self.kv_heads == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head")
-        posenc.check(self.posenc, self.n_layer, self.temper, **self.sizes)
+        posenc.check(self.posenc, self.n_layer, self.temper, self.sink_logit, **self.sizes)
 
     @property
     def kv_heads(self):

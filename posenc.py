@@ -250,7 +250,7 @@ class RoPE(Encoding):
     variants = ("rope(fraction=0.75)", "rope(dims=8)", "rope(values=True)", "rope(learned=True)")
     stretches = (
         'rope(scaling="linear")', 'rope(scaling="ntk")', 'rope(scaling="dynamic", factor=1)', 'rope(scaling="yarn")',
-        'rope(scaling="llama3")', "rerope", "self_extend",
+        'rope(scaling="llama3")', "rerope", "self_extend", "dca", "string",
     )  # fmt: skip
 
     def setup(self):

@@ -25,13 +25,14 @@ def written_out(encoding, parts, dropout=0.0):
         y_i = sum_j w_ij v_j,  w_i = softmax over j of s_ij,  s_ij = q_i k_j / sqrt(D) + what the encoding adds
 
     The keys of several parts stand side by side. A sink's logit stands in the sum of the softmax, and has no value.
+    An encoding may have weights of its own in the place of the softmax.
     """
     parts = [ready(part) for part in parts]
     logits, sizes = [masked_logits(encoding, part) for part in parts], [len(part.j) for part in parts]  # (B, H, T, S)
     if parts[0].sink is not None:
         logits.append(parts[0].sink.to(logits[0].dtype).view(-1, 1, 1).expand(*logits[0].shape[:3], 1))
-    weights = (logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)).softmax(-1)[..., : sum(sizes)]
-    weights = F.dropout(weights.to(parts[0].v.dtype), dropout)
+    weights = encoding.weights(logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1), parts)
+    weights = F.dropout(weights[..., : sum(sizes)].to(parts[0].v.dtype), dropout)
     shares = [weights] if len(parts) == 1 else weights.split(sizes, dim=-1)
     return functools.reduce(torch.add, map(encoding.values, shares, parts))
 

@@ -10,6 +10,7 @@ that overrides the hooks it needs:
     distance_scale(n)        (...) -> (H, ...)        a factor on the logits, before that is added
     bias(i, j)               (T,), (S,) -> (H, T, S)  added to the logits where i and j themselves matter
     logits(pairs)            -> (B, H, T, S)          all of the logits, where the content matters too
+    weights(logits, parts)   -> (B, H, T, S)          the weights of attention, in the place of a softmax
     values(weights, pairs)   -> (B, H, T, D)          the output of attention, from its weights
     turn_values(v, pos)      -> (B, H, T, D)          values, transformed, and the output of attention, turned back
 
@@ -124,7 +125,8 @@ class Encoding(nn.Module):
         cls.scales = overrides("distance_scale")
         # A table by distance can hold bias and factor only where positions are the tokens' indices.
         cls.by_distance = not overrides("positions") and overrides("distance_bias") == cls.biases
-        cls.writes_out = overrides("logits") or overrides("values")  # no fused kernel computes it
+        cls.weighs = overrides("weights")  # its weights are no softmax
+        cls.writes_out = cls.weighs or overrides("logits") or overrides("values")  # no fused kernel computes it
         if cls.name:
             ENCODINGS[cls.name] = cls
 
@@ -225,6 +227,11 @@ class Encoding(nn.Module):
         if not self.biases:
             return logits
         return logits + self.bias(pairs.i, pairs.j).masked_fill(~pairs.seen, -math.inf)
+
+    def weights(self, logits, parts):
+        """logits (B, H, T, S) over the keys of parts, [Pairs] side by side, minus infinity where a key is not seen ->
+        the weights of all keys. Whoever overrides it gives up the fused kernel, and sinks learned as a logit."""
+        return logits.softmax(-1)
 
     def values(self, weights, pairs):
         """weights (B, H, T, S), Pairs -> (B, H, T, D), the output of attention. Whoever overrides it gives up the fused

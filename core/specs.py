@@ -134,10 +134,12 @@ def build(spec, n_layer, **sizes):
     return layers
 
 
-def check(spec, n_layer, temper, **sizes):
-    """ValueError for a value of the flag that `build` refuses, without building every layer, and for a usual `temper`
-    that would act on none of them."""
-    build(spec, min(n_layer, len(members(spec))), **sizes)
+def check(spec, n_layer, temper, sink_logit=False, **sizes):
+    """ValueError for a value of the flag that `build` refuses, without building every layer, for a usual `temper` that
+    would act on none of them, and for a learned sink where there is no softmax."""
+    for encoding in build(spec, min(n_layer, len(members(spec))), **sizes):
+        softmax = not (sink_logit and encoding.weighs)
+        require(softmax, f"sink_logit is a term of a softmax, and the weights of {encoding.name} are none")
     acts = temper not in BY_POSITION or not all(sight.span for sight in sights(spec, n_layer))
     require(acts, f"temper={temper} acts on layers without window or chunk alone, and there are none")
 

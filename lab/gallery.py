@@ -104,7 +104,8 @@ def speeds(specs, options, place):
 @torch.no_grad()
 def probe(encoding, length, count=64):
     """The logits of a query at the end of `length` tokens whose keys are all equal, over the distance (H, length), less
-    that at distance 0. The mean for `count` random vectors, which queries, keys and heads share."""
+    that at distance 0; or the logarithms of weights that are no softmax, less that at distance 1, as a query's own key
+    has what is left. The mean for `count` random vectors, which queries, keys and heads share."""
     generator = torch.Generator().manual_seed(0)
     pos = encoding.positions(torch.arange(length), length)
     same = torch.randn(count, 1, 1, encoding.head_dim, generator=generator).expand(-1, encoding.n_kv_head, -1, -1)
@@ -115,9 +116,11 @@ def probe(encoding, length, count=64):
     seen = torch.ones(1, length, dtype=torch.bool)
     pairs = Pairs(same.repeat_interleave(groups, 1), keys, keys, pos[-1:], pos, seen, state, own, length)
     q, k = encoding.rotate(pairs)
-    logits = encoding.logits(replace(pairs, q=q, k=k.repeat_interleave(groups, 1)))
-    logits = logits[:, :, 0].mean(0).flip(-1)  # (H, length)
-    return logits - logits[:, :1]
+    pairs = replace(pairs, q=q, k=k.repeat_interleave(groups, 1))
+    logits = encoding.logits(pairs)
+    logits = encoding.weights(logits, [pairs]).log() if encoding.weighs else logits
+    logits, first = logits[:, :, 0].mean(0).flip(-1), int(encoding.weighs)  # (H, length)
+    return logits - logits[:, first : first + 1]
 
 
 @torch.no_grad()
@@ -158,6 +161,7 @@ def page(config, pictures):
         "",
         f"The pictures span {SEEN} T, with a dashed line at T. They show, for the first layer of each model, how the",
         "logits of the last query change over keys that are all equal (the mean of random vectors); or what is added.",
+        "Where the weights are no softmax, their logarithm stands for the logits.",
     ]
     for name, cls in ENCODINGS.items():
         lines += ["", f"## {name}", "", inspect.cleandoc(cls.__doc__)]

@@ -28,7 +28,7 @@ def weights(encoding, pairs):
         logits = encoding.logits(pairs).masked_fill(~pairs.seen, -math.inf)
         if pairs.sink is not None:
             logits = torch.cat((logits, pairs.sink.to(wide).view(-1, 1, 1).expand(*logits.shape[:3], 1)), dim=-1)
-        return logits.softmax(-1)[..., : len(pairs.j)], pairs.seen
+        return encoding.weights(logits, [pairs])[..., : len(pairs.j)], pairs.seen
 
 
 def spread(model, tokens, last, place):

@@ -75,7 +75,7 @@ def test_mistakes_are_one_line(call_script):
     for words, said in (
         (["--only=rpe"], "did you mean 'rope'"),
         (["--rounds=0"], "rounds must be in 1 ... 10^6, not 0"),
-        (["--dataset=copy"], "reads text"),
+        (["--dataset=copy"], "reads one text"),
         (["--growth=a"], "unknown key 'growth'"),
     ):
         done = call_script("lab/gallery.py", *words)

@@ -268,3 +268,33 @@ def by_row(x, table, row):
     """x (B, H, T, D), table (rows, D) or (H, rows, D), row (T, S) -> (B, H, T, S): x times the row named there."""
     products = x @ table.mT  # (B, H, T, rows)
     return products.gather(-1, row.expand(*x.shape[:2], -1, -1))
+
+
+class StickBreaking(Encoding):
+    """Stick-breaking attention: going back, each key takes a share of what the nearer ones left (Tan et al. 2024,
+    arXiv 2410.17980).
+
+        w_ij = sigmoid(s_ij) prod_{j < t < i} (1 - sigmoid(s_it)),  s_ij = q_i k_j / sqrt(D),  w_ii = what is left
+
+    No parameters, and no position: among keys that look alike the nearest wins. `rest="nowhere"` drops what is left, as
+    the authors' reference does; giving it to the query's own token is the default of the models they trained. Computed
+    as sums of logarithms in float32; costs the fused kernel. Past T more keys change nothing for a head that has spent
+    its stick, so the loss stays flat. Traps: 1 minus the sum of the weights is rounding once the stick is short, where
+    the sum of logarithms is exact; and a plain running product underflows, and has no gradient then.
+
+    In 2026 it is alive.
+    """
+
+    name = "stick_breaking"
+    arguments = {"rest": ("own", "nowhere")}
+    relative = True
+    positionless = True  # The order of the keys is their nearness; positions only tell which one is the query's own.
+
+    def weights(self, logits, parts):
+        (pairs,) = parts
+        own = pairs.i[:, None] == pairs.j
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(own, -math.inf)
+        left = F.logsigmoid(-logits)  # what a key leaves of the stick it is given, as a logarithm: 0 if it is not seen
+        given = F.pad(left[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+        weights = (F.logsigmoid(logits) + given).exp()
+        return torch.where(own, left.sum(-1, keepdim=True).exp(), weights) if self.rest == "own" else weights

@@ -122,6 +122,8 @@ class ReRoPE(RoPE):
     For a trained rope model, at test time: `--posenc=rerope`. `window` w is T/2 unless given. No distance past T is
     ever met, so the loss stays near its value at T; all far keys look equally far. Costs two products of queries
     and keys and the fused kernel.
+
+    In 2026 it is history.
     """
 
     name = "rerope"
@@ -148,12 +150,16 @@ class ReRoPE(RoPE):
         wide = torch.float32 if i.device.type == "mps" else torch.float64  # float32 counts to 2^24 alone
         return self.window + (i - self.window).to(wide) * share, j.to(wide) * share
 
+    def maps(self, i, j):
+        """[(positions of queries (T,), of keys (S,), (T, S) bool where they hold)], the first for all other pairs."""
+        return [(i, j, None), (*self.far(i, j), distances(i, j) >= self.window)]
+
     def logits(self, pairs):
-        near, far = (
-            super(ReRoPE, self).logits(replace(pairs, q=self.turn(pairs.q, i), k=self.turn(pairs.k, j)))
-            for i, j in ((pairs.i, pairs.j), self.far(pairs.i, pairs.j))
-        )
-        return torch.where(distances(pairs.i, pairs.j) < self.window, near, far)
+        logits = None
+        for i, j, holds in self.maps(pairs.i, pairs.j):
+            turned = super().logits(replace(pairs, q=self.turn(pairs.q, i), k=self.turn(pairs.k, j)))
+            logits = turned if holds is None else torch.where(holds, turned, logits)
+        return logits
 
 
 class SelfExtend(ReRoPE):
@@ -164,6 +170,8 @@ class SelfExtend(ReRoPE):
     For a trained rope model, at test time: `--posenc=self_extend`. `window` w is T/2 unless given; distances stay
     below T up to a context of w + (T - w) G, 16.5 T for the default `group` G. Costs what ReRoPE costs. Trap:
     rounding i and j down each by itself makes it not quite a function of i - j.
+
+    In 2026 it is history.
     """
 
     name = "self_extend"
@@ -177,3 +185,68 @@ class SelfExtend(ReRoPE):
 
     def far(self, i, j):
         return i // self.group + self.window - self.window // self.group, j // self.group
+
+
+class DCA(ReRoPE):
+    """Dual chunk attention: no distance is larger than those that training showed, and near ones are exact (An et al.
+    2024a, arXiv 2402.17463).
+
+        n' = n                                  for j in the chunk of i, c tokens each
+             min(i mod c + c, c + w) - j mod c  for j in the chunk before: exact for n <= w
+             c + w - j mod c                    for j further off
+
+    For a trained rope model, at test time: `--posenc=dca`. As in the authors' code `chunk_len` c is 5 T/8 and `window`
+    w is T/8 unless given, so that n' stays within 3 T/4; that code's factor on cos and sin for long contexts, of which
+    it says that the paper had none, is left out. Costs three products of queries and keys and the fused kernel. Up to c
+    tokens it is rope. Past T the loss rises slowly, as rerope's does: of a far key it knows the place within its chunk,
+    and not which chunk. Trap: it is no function of i - j.
+
+    In 2026 it is alive: Qwen2.5-1M's configuration asks for it.
+    """
+
+    name = "dca"
+    arguments = RoPE.arguments | {"chunk_len": 0, "window": 0}
+    relative = False
+    leak = 0.0
+
+    def setup(self):
+        w = self.train_length // 8
+        self.window, self.chunk_len = self.window or max(1, w), self.chunk_len or max(1, self.train_length * 3 // 4 - w)
+        super().setup()
+        self.require(self.chunk_len > 0, f"chunk_len must not be negative, is {self.chunk_len}")
+
+    def maps(self, i, j):
+        c, before = self.chunk_len, (i // self.chunk_len)[:, None] - j // self.chunk_len  # the chunks between, (T, S)
+        after = (i % c + c).clamp(max=c + self.window)
+        furthest = torch.full_like(i, min(2 * c - 1, c + self.window))
+        return [(i, j, None), (after, j % c, before == 1), (furthest, j % c, before > 1)]
+
+
+class STRING(ReRoPE):
+    """STRING: the last distances within T, which training rarely showed, are replaced by those it showed most (An et
+    al. 2024b, arXiv 2410.18745).
+
+        n' = n for n < s, else n - s + w
+
+    For a trained rope, at test time: `--posenc=string`. `window` s is T/3 unless given, and `local` w is 128 as in the
+    authors' code, but T/16 where that is less. It is meant for contexts up to T, whose far end it makes better known;
+    n' stays below T up to T + s - w tokens, past which it breaks as rope does. Costs what ReRoPE costs. Traps: n' falls
+    from s - 1 to w, so that two distances share an angle, and for w = 0 the key at s would look like the query's own;
+    the authors' code for whole texts meets that key twice. Theirs for Llama also multiplies cos and sin by .1 ln 2 + 1;
+    theirs for Qwen2 does not, nor does this.
+
+    In 2026 it is a control.
+    """
+
+    name = "string"
+    arguments = RoPE.arguments | {"window": 0, "local": 0}
+    leak = 0.0
+
+    def setup(self):
+        self.window = self.window or max(1, int(0.33 * self.train_length))
+        self.local = self.local or max(1, min(128, self.train_length // 16))
+        super().setup()
+        self.require(0 < self.local <= self.window, f"local must lie in 1 ... {self.window}, the window")
+
+    def far(self, i, j):
+        return i - self.window + self.local, j
