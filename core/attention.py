@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from core.encoding import turned_back
+from core.encoding import Sight, turned_back
 from core.place import no_compiler
 
 CHUNK = 256  # queries whose logits are computed at once; beyond it, the backward pass computes them anew
@@ -46,21 +46,22 @@ def widened(encoding, parts, dropout=0.0):
 
 def ready(pairs):
     """The Pairs with a mask, and with a key and a value for every head: H / H_kv heads of queries share theirs."""
-    groups = pairs.q.shape[1] // pairs.k.shape[1]
-    k, v = pairs.k, pairs.v
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return replace(pairs, k=k, v=v, seen=mask(pairs))
+    return replace(pairs, k=for_every_head(pairs.k, pairs.q), v=for_every_head(pairs.v, pairs.q), seen=mask(pairs))
+
+
+def for_every_head(x, q):
+    """Keys or values x (B, H_kv, S, D), repeated for every head of the queries: (B, H, S, D)."""
+    groups = q.shape[1] // x.shape[1]
+    return x.repeat_interleave(groups, dim=1) if groups > 1 else x
 
 
 def mask(pairs):
-    """The Pairs' (T, S) bool: `seen`, or where it is None every key up to the query's own, the queries being the last
-    tokens of the keys. Positions do not come into it."""
+    """The Pairs' (T, S) bool: `seen`, or where it is None what their `sight` leaves of every key up to the query's own,
+    the queries being the last tokens of the keys. Positions do not come into it."""
     if pairs.seen is not None:
         return pairs.seen
-    T, S = len(pairs.i), len(pairs.j)
-    every = torch.ones(T, S, dtype=torch.bool, device=pairs.q.device)
-    return every if T == 1 else every.tril(S - T)
+    j = torch.arange(len(pairs.j), device=pairs.q.device)
+    return visible(j[len(j) - len(pairs.i) :], j, pairs.sight.window, 0, pairs.sight.chunk)
 
 
 def masked_logits(encoding, pairs):
@@ -75,14 +76,18 @@ def masked_logits(encoding, pairs):
 def visible(i, j, window=None, sinks=0, chunk=0):
     """Indices of queries (T,) and keys (S,) -> (T, S) bool: keys no later than their query and, with a window W, at a
     distance below W; with a chunk c, in the query's own c tokens. The first `sinks` tokens are seen from everywhere."""
-    i = i[:, None]  # compared and not subtracted: differences would be eight bytes for every pair
-    seen = j <= i
-    if not window:
-        return seen
-    near = j > i - window
-    if chunk:
-        near &= j // chunk == i // chunk
-    return seen & (near | (j < sinks)) if sinks else seen & near
+    near = sees(i[:, None], j, Sight(window or 0, chunk))
+    return near | ((j < sinks) & (j <= i[:, None])) if window and sinks else near
+
+
+def sees(i, j, sight):
+    """Whether queries i see keys j, indices of shapes that broadcast, as far as causality and the Sight go."""
+    seen = j <= i  # compared and not subtracted: differences would be eight bytes for every pair
+    if sight.window:
+        seen = seen & (j > i - sight.window)
+    if sight.chunk:
+        seen = seen & (j // sight.chunk == i // sight.chunk)
+    return seen
 
 
 # These forms compute the same faster, each where it can. They take (encoding, parts, dropout), as `written_out` does.
@@ -92,12 +97,16 @@ def fused(encoding, parts, dropout=0.0, bias=None):
     """Attention by torch's fused kernel, for logits that the encoding leaves alone, or whose mask `bias` (H, T, S) is
     added to them. Without a mask, T is 1 or S."""
     (pairs,) = parts
-    bias, (q, k, v) = pairs.seen if bias is None else bias, (pairs.q, pairs.k, pairs.v)
-    T, D = len(pairs.i), v.shape[-1]
+    q, k, v, T, D = pairs.q, pairs.k, pairs.v, len(pairs.i), pairs.v.shape[-1]
+    if bias is None and (pairs.seen is not None or pairs.sight.span):
+        bias = mask(pairs)
     if pairs.sink is not None:
         q, k, v, bias = with_sink(pairs.sink, q, k, v, bias)
     if v.shape[-1] < q.shape[-1]:  # The kernel has one width for all of them.
         v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    if not (q.device.type == "cpu" or (bias is None and is_half(q))):
+        # A GPU's kernel for masks, or for float32, takes no groups: torch would write all logits out, without a word.
+        k, v = for_every_head(k, q), for_every_head(v, q)
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, dropout_p=dropout,
         # The kernel's own triangle begins at the top left: right for T = S. One query over all keys needs no mask.
@@ -131,26 +140,37 @@ def biased(encoding, parts, dropout=0.0):
 
 
 def chunked(form, encoding, parts, dropout=0.0):
-    """Attention in that form, a few queries at a time over the keys that they can see: memory grows with S, not T S."""
-    T, S = len(parts[0].i), len(parts[0].j)
+    """Attention in that form, a few queries at a time over the keys that they can see: memory grows with S, not T S,
+    and under a window of W time does with T W."""
+    T = len(parts[0].i)
     chunk = min(CHUNK, encoding.chunk) if parts[0].q.device.type == "cpu" else CHUNK
     if chunk >= T:
         return form(encoding, parts, dropout)
     outputs = []
     for begin in range(0, T, chunk):
         end = min(T, begin + chunk)
-        # Nobody sees the keys after the last of these queries. The sinks of a second part come before all of them.
-        rows = [parts[0].rows(begin, end, S - T + end)]
-        rows += [part.rows(begin, end, len(part.j)) for part in parts[1:]]
+        rows = [in_sight(parts[0], begin, end)]
+        rows += [part.rows(begin, end, slice(None)) for part in parts[1:]]  # sinks, which come before all queries
         compute = functools.partial(form, encoding, rows, dropout)
-        recompute = torch.is_grad_enabled() and T > CHUNK  # in the backward pass, instead of keeping the logits
+        # Logits are computed anew in the backward pass, instead of being kept. The fused kernel keeps none.
+        recompute = torch.is_grad_enabled() and T > CHUNK and form is not fused
         outputs.append(checkpoint(compute, use_reentrant=False) if recompute else compute())
     return torch.cat(outputs, dim=2)
 
 
+def in_sight(pairs, begin, end):
+    """The Pairs of queries begin ... end - 1 and of the keys from the first to the last that one of them sees."""
+    before, sight = len(pairs.j) - len(pairs.i), pairs.sight
+    if not sight.span:
+        return pairs.rows(begin, end, slice(before + end))
+    first, index = sight.first(begin), torch.arange(end, device=pairs.q.device)
+    seen = visible(index[begin:], index[first:], sight.window, 0, sight.chunk)
+    return replace(pairs.rows(begin, end, slice(first, end)), seen=seen)
+
+
 def flex(encoding, parts, dropout=0.0):
-    """Attention by a kernel compiled for a factor and a bias by distance alone, in float32. T = S, and nothing is
-    (T, T)."""
+    """Attention by a kernel compiled for a factor and a bias by distance alone, in float32, and for what a layer sees:
+    it skips the blocks of keys that no query of a block sees. T = S, and nothing is (T, T)."""
     (pairs,) = parts
     T, device = len(pairs.i), pairs.q.device
     n = torch.arange(T, device=device)
@@ -163,11 +183,11 @@ def flex(encoding, parts, dropout=0.0):
         return scaled if bias is None else scaled + bias[h, n]
 
     if torch.compiler.is_compiling():
-        attention, blocks = flex_attention, triangle(T, device)
+        attention, pattern = flex_attention, blocks(T, pairs.sight, device)
     else:
-        attention, blocks = compiled_flex(), kept_triangle(T, device, torch.is_inference_mode_enabled())
+        attention, pattern = compiled_flex(), kept_blocks(T, pairs.sight, device, torch.is_inference_mode_enabled())
     y = attention(
-        pairs.q, pairs.k, pairs.v, scale=pairs.v.shape[-1] ** -0.5, block_mask=blocks,
+        pairs.q, pairs.k, pairs.v, scale=pairs.v.shape[-1] ** -0.5, block_mask=pattern,
         enable_gqa=pairs.q.shape[1] != pairs.k.shape[1], score_mod=score,
     )  # fmt: skip
     return turned_back(encoding, y, pairs.i)
@@ -177,26 +197,31 @@ def attend(encoding, parts, dropout=0.0):
     """Attention of the queries of `parts`, [Pairs] as `Call.parts` gives them, in the fastest form that is
     right -> (B, H, T, D)."""
     form = choose(encoding, parts, dropout)
-    return form(encoding, parts, dropout) if form in (fused, flex) else chunked(form, encoding, parts, dropout)
+    # The fused kernel goes over all keys that it is given, so under a bound it is given those in sight.
+    at_once = form is flex or (form is fused and not parts[0].sight.span)
+    return form(encoding, parts, dropout) if at_once else chunked(form, encoding, parts, dropout)
 
 
 def choose(encoding, parts, dropout):
     """The form to compute attention in. In half precision the fused kernel would round biases, which merges distances;
     and on the CPU its gradient for bfloat16 is several times slower than that of plain products."""
     q, pairs = parts[0].q, parts[0]
-    half = q.dtype in (torch.bfloat16, torch.float16)
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if q.dtype != pairs.v.dtype:
         return widened
     if encoding.writes_out or len(parts) > 1 or slow:
         return written_out
+    plain = pairs.seen is None and len(pairs.i) == len(pairs.j) and pairs.sink is None and not dropout
+    skips = plain and is_half(q) and q.shape[-1] == pairs.v.shape[-1] and flexes(q)
     if not encoding.biases and not encoding.scales:
-        return fused
-    if not half:
+        return flex if skips and pairs.sight.span else fused
+    if not is_half(q):
         return written_out if encoding.scales else biased
-    whole = pairs.seen is None and len(pairs.i) == len(pairs.j)
-    tabled = encoding.by_distance and pairs.sink is None
-    return flex if whole and tabled and not dropout and flexes(q) else written_out
+    return flex if skips and encoding.by_distance else written_out
+
+
+def is_half(q):
+    return q.dtype in (torch.bfloat16, torch.float16)
 
 
 def flexes(q):
@@ -214,20 +239,26 @@ def compiled_flex():
     return torch._dynamo.config.patch(recompile_limit=64)(torch.compile(flex_attention, dynamic=False))
 
 
-def causal(b, h, i, j):
-    return i >= j
+def blocks(T, sight, device):
+    """flex_attention's mask of T tokens, a multiple of BLOCK, with that Sight: by blocks of keys for every block of
+    queries, and never (T, T) as its own way to make one would be."""
+    first = torch.arange(0, T, BLOCK, device=device)
+    last = first + BLOCK - 1
+    # Blocks before the queries' own: some key is seen where the nearest two are a pair, and all where the farthest are.
+    some = sees(first[:, None], last, sight)
+    full = some & sees(last[:, None], first, sight)
+    masked = (some & ~full) | (first[:, None] == first)
+
+    def listed(x):
+        """For every row (R, R) bool: the number of its blocks, and all blocks with those first."""
+        order = x.int().argsort(dim=-1, descending=True, stable=True)
+        return x.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    pair = lambda b, h, i, j: sees(i, j, sight)  # noqa: E731  # as flex_attention asks for it
+    return BlockMask.from_kv_blocks(*listed(masked), *listed(full), BLOCK, pair, seq_lengths=(T, T))
 
 
-def triangle(T, device):
-    """flex_attention's causal mask of T tokens, T a multiple of BLOCK. Its own way to make one starts from (T, T)."""
-    i = torch.arange(T // BLOCK, device=device, dtype=torch.int32)  # row i: block i is masked, those before it are full
-    diagonal, before = i[:, None].expand(-1, len(i)), i.expand(len(i), -1)
-    # For every row: the number of masked blocks and which they are, the number of full blocks and which they are.
-    counted = (torch.ones_like(i), diagonal, i, before)
-    return BlockMask.from_kv_blocks(*(x[None, None].contiguous() for x in counted), BLOCK, causal, seq_lengths=(T, T))
-
-
-@functools.lru_cache(maxsize=8)
-def kept_triangle(T, device, inference):
-    """`triangle`, kept; apart for inference_mode, whose tensors gradients cannot use."""
-    return triangle(T, device)
+@functools.lru_cache(maxsize=32)
+def kept_blocks(T, sight, device, inference):
+    """`blocks`, kept for all layers and calls; apart for inference_mode, whose tensors gradients cannot use."""
+    return blocks(T, sight, device)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from core.additions import BY_POSITION, factor
 from core.attention import visible
-from core.encoding import Pairs, Sight
+from core.encoding import ALL, Pairs, Sight
 from core.errors import UserError, require
 
 WHOLE, PIECE = 1 << 14, 512  # tokens that enter an empty cache at once, and one that holds some
@@ -212,7 +212,8 @@ class Call:
     past: Past
     pos: Tensor  # (T,) indices of this call's tokens
     k_pos: Tensor  # (S,) indices of the keys, whose last are this call's, but in `Slots`
-    seen: Tensor | None  # (T, S) bool; None: every key up to the query's own, where T is 1 or S
+    seen: Tensor | None  # (T, S) bool; None: what `bounds` leave of every key up to the query's own; T is 1 or S
+    bounds: Sight  # what hides keys where `seen` is None
     band: Tensor | None  # (T, S) bool: the keys of the window alone, where there are sinks besides
     near: Tensor | None  # (T,) the queries' indices as if the sinks lay just before the window
     length: int  # tokens in the whole context, those to come included
@@ -245,13 +246,15 @@ class Call:
         if window and end <= window and not chunk:  # It hides nothing, so it is none, and needs no mask.
             window = None
         # One query over a whole cache needs no mask at all. Tokens without a past need none either where their indices
-        # follow one another: attention has a triangle of its own.
-        unmasked = not window and not past.fixed and (T == 1 or (consecutive and len(k_pos) == T))
+        # follow one another: attention draws its triangle, and the bounds in it, itself.
+        alone = consecutive and T == len(k_pos) == end and not (window and sinks)
+        unmasked = alone or (T == 1 and not window and not past.fixed)
         seen = None if unmasked else visible(pos, k_pos, window, sinks, chunk)
+        bounds = Sight(window or 0, chunk) if alone else ALL
         band = near = None
         if window and sinks:
             band, near = visible(pos, k_pos, window, 0, chunk), pos.clamp(max=reach - 1)
-        return cls(past, pos, k_pos, seen, band, near, length, reach, sight, watch)
+        return cls(past, pos, k_pos, seen, bounds, band, near, length, reach, sight, watch)
 
     def temper(self, q, kind, trained, learned=None, x=None):
         """The temper of that kind for queries q (B, H, T, D), which broadcasts over them, or None; core/additions.py
@@ -284,7 +287,8 @@ class Call:
             q, k = tempered(encoding, new)
         v = encoding.turn_values(v, new.j) if encoding.turns_values else v
         kept = self.past.append(layer, k=k, v=v, **state)
-        held = Pairs(q, kept.pop("k"), kept.pop("v"), i, j, self.seen, kept, own, self.reach, temper, sink)
+        k, v = kept.pop("k"), kept.pop("v")
+        held = Pairs(q, k, v, i, j, self.seen, kept, own, self.reach, temper, sink, self.bounds)
         pairs = held if encoding.rotate_once else rotated(encoding, held)
         if self.watch is not None:
             self.watch(layer, encoding, new, pairs)
@@ -302,7 +306,7 @@ class Call:
     def sinks(self, encoding, new, held):
         """The Pairs of the queries and the sinks alone, with the queries at `near`. Keys `held` were rotated
         once and stay as they are, or they are rotated here."""
-        first = held.rows(0, len(self.pos), self.past.sinks)
+        first = held.rows(0, len(self.pos), slice(self.past.sinks))
         near = replace(new if encoding.rotate_once else first, i=encoding.positions(self.near, self.length))
         q, k = tempered(encoding, near)
         k = first.k if encoding.rotate_once else k

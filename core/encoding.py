@@ -37,34 +37,6 @@ from core.errors import brief, nearest, require
 ENCODINGS = {}  # name -> class
 
 
-@dataclass
-class Pairs:
-    """T queries and the S keys that they may meet, in one layer."""
-
-    q: Tensor  # (B, H, T, D)
-    k: Tensor  # (B, H_kv, S, D); `logits` is given one for every head, (B, H, S, D)
-    v: Tensor  # (B, H_kv, S, D)
-    i: Tensor  # (T,) positions of the queries, as `Encoding.positions` gave them
-    j: Tensor  # (S,) positions of the keys
-    seen: Tensor | None = None  # (T, S) bool; None: every key up to the query's own, the queries being the last tokens
-    state: dict = field(default_factory=dict)  # name -> (B, H, S, any): what the encoding keeps for every key
-    own: dict = field(default_factory=dict)  # name -> (B, H, T, any): the same for the queries' own tokens, and `asks`
-    length: int = 0  # tokens in sight, those to come included, for what is scaled to the context
-    temper: Tensor | None = None  # broadcasts over q: the factor that q gets once it is rotated
-    sink: Tensor | None = None  # (H,) the logit of a key without a value, which every query sees besides
-
-    def rows(self, begin, end, count):
-        """The Pairs of queries begin ... end - 1 and the first `count` keys."""
-        keys = slice(count)
-        return Pairs(
-            self.q[:, :, begin:end], self.k[:, :, keys], self.v[:, :, keys], self.i[begin:end], self.j[keys],
-            None if self.seen is None else self.seen[begin:end, keys],
-            {name: x[:, :, keys] for name, x in self.state.items()},
-            {name: x[:, :, begin:end] for name, x in self.own.items()},
-            self.length, None if self.temper is None else self.temper[..., begin:end, :], self.sink,
-        )  # fmt: skip
-
-
 class Sight(NamedTuple):
     """The keys that a layer sees, in training as later, whatever its encoding. Bounds count tokens; 0 means none."""
 
@@ -76,9 +48,44 @@ class Sight(NamedTuple):
         """The most keys that a query can see, or 0 where there is no bound."""
         return min(filter(None, self), default=0)
 
+    def first(self, i):
+        """The index of the first key that query i sees, both being counted from the beginning."""
+        return max(0, i - self.window + 1 if self.window else 0, i - i % self.chunk if self.chunk else 0)
+
     def times(self, factor):
         """The Sight with all bounds multiplied by a factor <= 1, and rounded."""
         return self._replace(**{key: max(1, round(bound * factor)) for key, bound in self._asdict().items() if bound})
+
+
+ALL = Sight()
+
+
+@dataclass
+class Pairs:
+    """T queries and the S keys that they may meet, in one layer."""
+
+    q: Tensor  # (B, H, T, D)
+    k: Tensor  # (B, H_kv, S, D); `logits` is given one for every head, (B, H, S, D)
+    v: Tensor  # (B, H_kv, S, D)
+    i: Tensor  # (T,) positions of the queries, as `Encoding.positions` gave them
+    j: Tensor  # (S,) positions of the keys
+    seen: Tensor | None = None  # (T, S) bool; None: every key of `sight` up to the query's own, which is a last token
+    state: dict = field(default_factory=dict)  # name -> (B, H, S, any): what the encoding keeps for every key
+    own: dict = field(default_factory=dict)  # name -> (B, H, T, any): the same for the queries' own tokens, and `asks`
+    length: int = 0  # tokens in sight, those to come included, for what is scaled to the context
+    temper: Tensor | None = None  # broadcasts over q: the factor that q gets once it is rotated
+    sink: Tensor | None = None  # (H,) the logit of a key without a value, which every query sees besides
+    sight: Sight = ALL  # what hides keys besides causality where `seen` is None; of all tokens from the first on, S = T
+
+    def rows(self, begin, end, keys):
+        """The Pairs of queries begin ... end - 1 and a slice of the keys, under no `sight`."""
+        return Pairs(
+            self.q[:, :, begin:end], self.k[:, :, keys], self.v[:, :, keys], self.i[begin:end], self.j[keys],
+            None if self.seen is None else self.seen[begin:end, keys],
+            {name: x[:, :, keys] for name, x in self.state.items()},
+            {name: x[:, :, begin:end] for name, x in self.own.items()},
+            self.length, None if self.temper is None else self.temper[..., begin:end, :], self.sink,
+        )  # fmt: skip
 
 
 class Encoding(nn.Module):

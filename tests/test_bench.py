@@ -15,13 +15,14 @@ from core import runs
 from core.place import Place
 from core.settings import Config
 from lab.bench import __main__ as bench
-from lab.bench import before, growth, timing
+from lab.bench import before, generation, growth, timing
+from posenc import ENCODINGS
 
 CPU = Place(torch.device("cpu"), torch.float32)
 SIZES = dict(vocab_size=20, n_layer=1, n_embd=16, n_head=2, train_length=4)
 TINY = timing.Bench(**SIZES, batch_size=32, dtype="float32", decode_tokens=2, rounds=1)
 FLAGS = [f"--{key}={value}" for key, value in SIZES.items()]
-COMMANDS = "__main__", "before", "growth", "race", "decode", "published", "gpu"
+COMMANDS = "__main__", "before", "growth", "generation", "race", "decode", "published", "gpu"
 
 
 @pytest.fixture
@@ -42,18 +43,21 @@ def test_every_variant_sees_the_same_number_of_tokens():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-@pytest.mark.parametrize("posenc", ["none", "rope", "t5", "randomized"])
+@pytest.mark.parametrize("posenc", ["none", "rope", "t5", "randomized", "rope(window=70)", ["t5(chunk=99)", "none"]])
 def test_a_training_step_never_waits_for_the_gpu(posenc, monkeypatch):
     monkeypatch.setattr(Place, "synchronize", lambda self: None)
     place = Place(torch.device("cuda"), torch.bfloat16)
-    model = runs.build(dataclasses.replace(TINY, posenc=posenc), place.device)
+    # Whole blocks and heads of 16, as flex_attention takes them, where layers see less than all.
+    long = {} if str(posenc) in ENCODINGS else {"train_length": 256, "n_embd": 32, "n_layer": 2}
+    config = dataclasses.replace(TINY, posenc=posenc, compile=False, **long)
+    model = runs.build(config, place.device)
     monkeypatch.setattr(timing.runs, "build", lambda *_: model)
-    step, _ = timing.training_step(dataclasses.replace(TINY, compile=False), place)
+    step, _ = timing.training_step(config, place)
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for seed in range(3):
-            model.redraw(TINY.train_length, seed)
+            model.redraw(config.train_length, seed)
             place.send(torch.ones(4, 5)[:, :-1])
             step()
     finally:
@@ -238,6 +242,22 @@ def test_an_exponent_is_that_of_the_last_step(tmp_path, monkeypatch):
     assert rows[1] == ["training", "n_layer", "x 2 to x 4", "2.00 (at most 2)", "0.00 (at most 1)"]
 
 
+def test_what_is_generated_is_timed_and_its_cache_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "LENGTHS", (1, 8))
+    rows = cells(generation.measure(dataclasses.replace(TINY, n_layer=4, train_length=16), str(tmp_path / "g")))
+    assert [row[0] for row in rows[1:]] == ["16", "128"]
+    assert rows[0][1:4] == ["ms: rope", "ms: rope(window=4)", "ms: rnope_swa"]
+    assert all(float(cell) > 0 for row in rows[1:] for cell in row[1:4])
+    kib = {head.split(": ")[1]: [int(row[at]) for row in rows[1:]] for at, head in enumerate(rows[0]) if at > 3}
+    assert list(kib) == [
+        "rope, a layer that sees all", "rope(window=4), a layer that sees 4", "rnope_swa, a layer that sees all",
+        "rnope_swa, a layer that sees 4"]  # fmt: skip
+    for name, sizes in kib.items():  # keys and values, 16 wide in float32: 128 bytes a token, at least 64 of them
+        assert sizes == ([8, 8] if name.endswith("4") else [8, 16]), name
+    for name in ("time", "memory"):
+        assert (tmp_path / f"g-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_process_of_its_own_is_another_and_memory_is_in_mib():
     assert timing.in_own_process(os.getpid) != os.getpid()
     assert 50 < timing.most_memory(CPU) < 50_000
@@ -254,6 +274,7 @@ def test_a_process_of_its_own_is_another_and_memory_is_in_mib():
         ("before", ["nowhere"], "git worktree add"),
         ("growth", [], "usage: python -m lab.bench.growth PREFIX"),
         ("growth", ["nowhere/g"], "there is no folder nowhere"),
+        ("generation", ["nowhere/g"], "there is no folder nowhere"),
         ("race", [], "name a checkout of nanoGPT; usage: python -m lab.bench.race NANOGPT"),
         ("decode", ["."], "has no model.py"),
         ("decode", ["x", "--decode_tokens=3"], "--decode_tokens must be at least 4"),

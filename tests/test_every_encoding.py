@@ -27,7 +27,7 @@ SCHEDULES = {
     "growing": {"posenc": ["rope(values=True, window=8)", "rope"], "window_schedule": {0.0: 0.25, 0.7: 1.0}},
     "convolutions": {"posenc": "rope", "short_conv": True, "learn_qk_scale": True, "gate": "softplus"},
 }
-SCHEDULES |= small.RECIPES
+SCHEDULES |= {f"recipes/{name}": settings for name, settings in small.RECIPES.items()}  # inkling is an encoding too
 ALL = [*TRAINED, *SCHEDULES]
 # One of each kind is tested always, all others with the slow tests: nothing, an addition to the embeddings, biases, a
 # rotation, logits, a memory, a schedule.

@@ -1,6 +1,7 @@
 """The model's invariants: causality, a cache that changes nothing, the same start for the same seed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from core import attention
 from core import cache as caches
 from core.attention import biased, flex, fused, visible, written_out
 from core.cache import Cache, Past, Slots, pieces
+from core.encoding import Sight
 from core.errors import UserError
+from core.place import no_compiler
 from model import GPT, GPTConfig, draw, generate
 from posenc import ENCODINGS
 
@@ -31,6 +34,7 @@ BY_DISTANCE = [
     "scaled_bias", "alibi", 'alibi(slopes="harmonic", heads=0.5)', "t5", "kerple", 'kerple(form="power")', "sandwich",
     "scale_invariant", "scale_invariant(fraction=0)",
 ]  # fmt: skip
+BOUNDED = ["rope(window=70)", "none(chunk=100)", "alibi(window=129)", "rope(values=True, window=150, chunk=200)"]
 
 
 def make(spec, seed=0, **settings):
@@ -367,6 +371,7 @@ def flex_on_cpu(monkeypatch):
 
 def attended(how, spec, T, dtype, device="cpu"):
     """Attention computed in the named way, and its gradients: of q, k, v and the encoding's parameters."""
+    (sight,) = posenc.sights(spec, 1)
     one = posenc.build(spec, 1, n_embd=64, n_head=4, n_kv_head=2, head_dim=16, train_length=T)[0].to(device)
     one = one.double() if dtype == torch.float64 else one
     generator = torch.Generator().manual_seed(5)
@@ -376,12 +381,12 @@ def attended(how, spec, T, dtype, device="cpu"):
     pos, leaves = torch.arange(T, device=device), [x.requires_grad_() for x in (q, k, v, *one.parameters())]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "choose", lambda *_: how)
-        y = attend(one, q, k, v, pos + 9, pos + 9)
+        y = attend(one, q, k, v, pos + 9, pos + 9, sight=sight)
     return [y.detach(), *torch.autograd.grad((y * weight).sum(), leaves)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("spec", BY_DISTANCE)
+@pytest.mark.parametrize("spec", BY_DISTANCE + BOUNDED)
 def test_flex_attention_is_what_is_written_out(spec, dtype, flex_on_cpu):
     for got, expected in zip(*(attended(how, spec, 256, dtype) for how in (flex, written_out)), strict=True):
         terms = 3 * (16 + 256) + 2 * 256  # forward, twice as much back, and for parameters a sum over all queries
@@ -389,29 +394,34 @@ def test_flex_attention_is_what_is_written_out(spec, dtype, flex_on_cpu):
 
 
 def test_a_compiled_model_calls_flex_attention_without_a_break(flex_on_cpu, monkeypatch):
-    tokens = torch.randint(50, (1, 256))
-    exact, rounding = make("t5")(tokens), bound(torch.float64, sums(make("t5").config, 256), scale=LOGIT)
+    tokens, spec = torch.randint(50, (1, 256)), ["t5", "rope(window=70)"]
+    exact, rounding = make(spec)(tokens), bound(torch.float64, sums(make(spec).config, 256), scale=LOGIT)
     monkeypatch.setattr(attention, "choose", lambda *_: flex)
     assert torch.allclose(
-        torch.compile(make("t5"), backend="eager", fullgraph=True)(tokens), exact, rtol=0, atol=rounding
+        torch.compile(make(spec), backend="eager", fullgraph=True)(tokens), exact, rtol=0, atol=rounding
     )
 
 
-def chosen(spec, q, S=None, seen=None, parts=1, dropout=0.0):
+def chosen(spec, q, S=None, seen=None, parts=1, dropout=0.0, sink=None):
     """The form that is chosen for queries q (B, H, T, D) over S keys, by default T."""
     T, S = q.shape[2], S or q.shape[2]
     k = q.new_zeros(*q.shape[:2], S, q.shape[3])
-    part = pairs(q, k, k, torch.arange(S - T, S), torch.arange(S), seen)
-    return attention.choose(make(spec).posenc[0], [part] * parts, dropout)
+    model = make(spec)
+    part = pairs(q, k, k, torch.arange(S - T, S), torch.arange(S), seen, sight=model.sights[0])
+    return attention.choose(model.posenc[0], [replace(part, sink=sink)] * parts, dropout)
 
 
-def test_flex_attention_serves_biases_by_distance_alone(monkeypatch):
+def test_flex_attention_serves_biases_by_distance_and_bounds_alone(monkeypatch):
     monkeypatch.setattr(attention, "flexes", lambda q: True)
     q = torch.zeros(1, 4, 256, 16, dtype=torch.float16)
     assert [spec for spec in UNBOUNDED if chosen(spec, q) is flex] == sorted(BY_DISTANCE, key=UNBOUNDED.index)
     for more in (dict(seen=torch.ones(256, 256).bool()), dict(parts=2), dict(S=300), dict(dropout=0.1)):
         assert chosen("t5", q, **more) is written_out
     assert chosen("t5", q.float()) is biased
+    assert [chosen(f"{name}(window=70)", q) for name in ("rope", "t5", "cope")] == [flex, flex, written_out]
+    for more in (dict(seen=torch.ones(256, 256).bool()), dict(dropout=0.1), dict(sink=torch.zeros(4))):
+        assert chosen("rope(chunk=70)", q, **more) is fused
+    assert chosen("rope(window=70)", q.float()) is fused
 
 
 def test_bfloat16_on_the_cpu_takes_the_fused_kernel_where_no_gradient_flows():
@@ -430,20 +440,77 @@ def test_positions_that_do_not_follow_one_another_get_a_mask():
     assert seen[1] is not None
 
 
-def test_the_triangle_of_blocks_is_the_causal_mask():
-    ours, theirs = attention.triangle(512, "cpu"), create_block_mask(attention.causal, 1, 1, 512, 512, "cpu")
+SIGHTS = [(0, 0), (1, 0), (70, 0), (128, 0), (129, 0), (300, 0), (0, 100), (0, 128), (0, 256), (200, 300), (9999, 0)]
+
+
+@pytest.mark.parametrize("sight", SIGHTS, ids=str)
+def test_blocks_hold_the_keys_in_sight_and_skip_all_others(sight):
+    def seen(b, h, i, j):
+        near = (i >= j) & (i - j < (sight[0] or 640))
+        return near & (i // sight[1] == j // sight[1]) if sight[1] else near
+
+    ours, theirs = attention.blocks(640, Sight(*sight), "cpu"), create_block_mask(seen, 1, 1, 640, 640, "cpu")
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert torch.equal(ours.to_dense(), theirs.to_dense())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(no_compiler(torch.device("cpu")) is not None, reason="nothing compiles here")
+@pytest.mark.parametrize("spec", BOUNDED)
+def test_a_kernel_that_skips_blocks_computes_what_is_written_out(spec, monkeypatch):
+    """The eager form reads no blocks, but what torch compiles for a CPU does; it has no gradient there."""
+    one, (sight,) = make(spec).posenc[0].float(), posenc.sights(spec, 1)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: torch.compile(flex_module.flex_attention, dynamic=False))
+    q, k, v, pos = torch.randn(2, 4, 640, 8), torch.randn(2, 2, 640, 8), torch.randn(2, 2, 640, 8), torch.arange(640)
+    outputs = []
+    for form in (flex, written_out):
+        monkeypatch.setattr(attention, "choose", lambda *_, form=form: form)
+        with torch.no_grad():
+            outputs.append(attend(one, q, k, v, pos, pos, sight=sight))
+    assert torch.allclose(*outputs, rtol=0, atol=bound(torch.float32, 8 + 640, scale=LOGIT))
+
+
+@pytest.mark.parametrize("spec", [*BOUNDED, "cope(window=70)", "fox(chunk=100)"])
+def test_under_a_bound_queries_are_given_the_keys_in_sight_alone(spec, monkeypatch):
+    sizes, found, in_sight = [], [], attention.in_sight
+    tokens, model, (sight,) = torch.randint(50, (1, 300)), make(spec, n_layer=1), posenc.sights(spec, 1)
+
+    def counted(*arguments):
+        part = in_sight(*arguments)
+        sizes.append((len(part.i), len(part.j), part.k.shape[2]))
+        return part
+
+    monkeypatch.setattr(attention, "in_sight", counted)
+    for chunk in (300, 64):
+        monkeypatch.setattr(attention, "CHUNK", chunk)
+        logits = model(tokens)
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    assert sizes and all(S == held < T + sight.span for T, S, held in sizes)
+    terms, largest = step_sums(model.config, tokens=300), max(one.abs().max().item() for one in found[0])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=bound(torch.float64, terms, scale=LOGIT * largest))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_groups_of_heads_reach_a_kernel_that_takes_them_alone(device, monkeypatch):
+    """On a GPU none takes them under a mask or in float32: torch would write out all logits instead, (T, T)."""
+    heads = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: (heads.append(k.shape[1]), q)[1])
+    for dtype in (torch.float32, torch.float16):
+        q, k, pos = (torch.zeros(size, dtype=dtype, device=device) for size in ((1, 4, 8, 8), (1, 2, 8, 8), 8))
+        for seen in (None, torch.ones(8, 8, dtype=torch.bool, device=device)):
+            fused(encoding("none"), [pairs(q, k, k, pos, pos, seen)])
+    assert heads == ([2, 2, 2, 2] if device == "cpu" else [4, 4, 2, 4])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-@pytest.mark.parametrize("spec", BY_DISTANCE)
+@pytest.mark.parametrize("spec", BY_DISTANCE + BOUNDED)
 def test_flex_attention_on_a_gpu(spec):
     """It is as near to float32 as what is written out in bfloat16, and its memory grows with T, not T T."""
-    exact = attended(written_out, spec, 256, torch.float32, "cuda")
-    flexed, written = (attended(how, spec, 256, torch.bfloat16, "cuda") for how in (flex, written_out))
+    exact = attended(written_out, spec, 640, torch.float32, "cuda")
+    flexed, written = (attended(how, spec, 640, torch.bfloat16, "cuda") for how in (flex, written_out))
     for found, other, expected in zip(flexed, written, exact, strict=True):
         errors = [(x.float() - expected).norm() / expected.norm() for x in (found, other)]
         assert errors[0] < 2 * errors[1] + 0.01
@@ -452,7 +519,7 @@ def test_flex_attention_on_a_gpu(spec):
         for _ in range(2):  # the first of them compiles
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            attended("flex", spec, length, torch.bfloat16, "cuda")
+            attended(flex, spec, length, torch.bfloat16, "cuda")
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 5 * peaks[0]
 

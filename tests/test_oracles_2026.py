@@ -238,7 +238,6 @@ def test_scaled_logits_take_the_form_that_can_hold_them(monkeypatch):
 def test_the_table_of_a_kernel_holds_factors_and_biases(monkeypatch):
     """torch's own definition of flex_attention, uncompiled, of what `flex` hands to it."""
     monkeypatch.setattr(attention, "compiled_flex", lambda: attention.flex_attention)
-    monkeypatch.setattr(attention, "kept_triangle", lambda T, device, inference: attention.triangle(T, device))
     pos = torch.arange(256)
     q, k, v = (torch.randn(1, heads, 256, 16) for heads in (4, 2, 2))
     for spec in ("scale_invariant(fraction=0)", "alibi"):

@@ -73,6 +73,28 @@ def test_cached_logits_equal_the_full_forward(settings, length):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("spec", ["rope(window=40)", "fox(chunk=40)", ["alibi(window=40)", "none"]], ids=str)
+def test_the_memory_of_a_window_is_that_of_two_windows_and_a_piece(spec):
+    """All of it, storages whole, while a text grows to 10 windows; and nothing else of the cache grows beside it."""
+
+    def held(past):
+        tensors = [x for each in (past.layers, past.tails) for layer in each.values() for x in layer.values()]
+        return sum(x.untyped_storage().nbytes() for x in (past.pos, *tensors))
+
+    model, cache, piece, sizes, others = make(spec, short_conv=True), Cache(total=400), 25, [], []
+    for size in (piece, *[1] * 374):
+        model(torch.randint(50, (1, size)), past=cache)
+        sizes.append(sum(map(held, cache.narrow.values())))
+        others.append(held(cache))
+    layers = sum(sight.span > 0 for sight in posenc.sights(spec, len(model.blocks)))
+    # Room is made for twice as many as there are: of keys, values and fox's sum, a float64 each, and three tails.
+    tokens, width = 2 * (2 * 40 + piece), 2 * model.config.kv_heads * 8 + model.config.n_head
+    assert max(sizes) <= layers * 8 * (tokens * width + 3 * width) + 8 * tokens
+    assert max(sizes[100:]) == max(sizes[100:200]) == max(sizes[300:])
+    assert (others[-1] > 2 * others[100]) == (len(set(posenc.sights(spec, len(model.blocks)))) > 1)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", [name for name, cls in posenc.ENCODINGS.items() if cls.relative])
 @pytest.mark.parametrize(("bound", "first"), [("window", lambda i: max(0, i - W + 1)), ("chunk", lambda i: i - i % W)])
 def test_one_layer_sees_what_its_sight_says(name, bound, first):
