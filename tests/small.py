@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import data
+import posenc
 from core import flags
 from core.place import Place
 from core.settings import Config
@@ -32,6 +34,16 @@ def shrunk(file):
 
 FILES = sorted((Path(data.__file__).parent.parent / "configs/recipes").glob("*.py"))
 RECIPES = {file.stem: shrunk(file) for file in FILES}
+
+
+def first_of_each(specs):
+    """Values of the flag as parameters of a test: the first of each class, and all others for the slow tests."""
+    seen, parameters = set(), []
+    for spec in specs:
+        cls = str(spec) if isinstance(spec, list) else posenc.parse(spec)[0]
+        parameters.append(pytest.param(spec, marks=pytest.mark.slow, id=spec) if cls in seen else spec)
+        seen.add(cls)
+    return parameters
 
 
 def make(spec="rope", seed=0, **settings):

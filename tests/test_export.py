@@ -122,7 +122,7 @@ SCALINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("original", [0, T // 2])
+@pytest.mark.parametrize("original", [pytest.param(0, marks=pytest.mark.slow), T // 2])
 @pytest.mark.parametrize("spec", SCALINGS)
 def test_every_scaling_of_rope_computes_the_same(spec, original, tmp_path):
     model = save(tmp_path / "run", posenc=spec, original_length=original)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from here import in_process  # noqa: F401
+from test_every_encoding import FEW
 from tiny import TINY
 
 import posenc
@@ -27,13 +28,15 @@ def test_the_probe_sees_position_alone():
     assert torch.corrcoef(torch.stack((rope[0], waves)))[0, 1] > 0.95
 
 
-def test_every_encoding_has_a_picture(tmp_path):
-    for spec in posenc.every():
-        encoding = posenc.build(spec, 1, **SIZES)[0]
-        for parameter in encoding.parameters():
-            torch.nn.init.normal_(parameter)
-        gallery.picture(tmp_path / "one.png", encoding, 16)
-        assert (tmp_path / "one.png").stat().st_size > 5000
+@pytest.mark.parametrize(
+    "spec", [spec if spec in FEW else pytest.param(spec, marks=pytest.mark.slow) for spec in posenc.every()]
+)
+def test_every_encoding_has_a_picture(spec, tmp_path):
+    encoding = posenc.build(spec, 1, **SIZES)[0]
+    for parameter in encoding.parameters():
+        torch.nn.init.normal_(parameter)
+    gallery.picture(tmp_path / "one.png", encoding, 16)
+    assert (tmp_path / "one.png").stat().st_size > 5000
 
 
 @pytest.mark.usefixtures("in_process")

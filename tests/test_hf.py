@@ -198,7 +198,9 @@ def rope_keys(form, scaling):
     return {"rope_parameters": None, "rope_theta": 1000.0, "rope_scaling": kind | given}
 
 
-@pytest.mark.parametrize("form", ["rope_parameters", "rope_type", "type"])
+@pytest.mark.parametrize(
+    "form", ["rope_parameters", *(pytest.param(form, marks=pytest.mark.slow) for form in ("rope_type", "type"))]
+)
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scaled_rotations_are_theirs(tmp_path, plain, name, form):
     folder = copy(plain["llama"], tmp_path / "scaled", **rope_keys(form, SCALINGS[name]))

@@ -132,6 +132,7 @@ def test_1_a_batch_of_one_gets_the_first_position_alone():
     says(1, "all 20 tokens get the same vector", "batch of 8 rows", "one of 20 rows", "20 tokens, 20 vectors")
 
 
+@pytest.mark.slow
 def test_2_a_longer_sinusoidal_table_does_not_extrapolate(trained):
     table = trained["sinusoidal"].posenc[0].embed(torch.arange(100 * T))
     assert table.isfinite().all() and len(table.unique(dim=0)) == 100 * T  # nothing is missing, and yet:
@@ -295,6 +296,7 @@ def test_7_a_clipped_table_merges_distances():
     says(7, "17 different logits", "64 distances give 64 logits", "to 1e-11", "more than 0.1")
 
 
+@pytest.mark.slow
 def test_8_rope_breaks_past_its_length_and_llama_3_scales_by_bands(trained):
     rope = trained["rope"]
     for length in (2 * T, 4 * T):
@@ -395,6 +397,7 @@ def test_11_a_causal_decoder_is_not_blind_to_order():
     says(11, "less than 1e-10, be it 1, 2 or 6 layers", "above 0.01")
 
 
+@pytest.mark.slow
 def test_12_position_interpolation_costs_until_it_is_tuned(trained):
     spec = 'rope(scaling="linear", factor=4)'
     wrong = changed(trained["rope"], spec)

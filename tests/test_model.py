@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hooks import attend, pairs
-from small import SUMMED
+from small import SUMMED, first_of_each
 from tiny import bound, step_sums, sums
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import create_block_mask
@@ -60,7 +60,7 @@ def cached(model, tokens, sizes, **cache):
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [T // 2, T, T + 1, 8 * T])
-@pytest.mark.parametrize("spec", UNBOUNDED)
+@pytest.mark.parametrize("spec", first_of_each(UNBOUNDED))
 def test_cached_logits_equal_the_full_forward(spec, length):
     model, tokens = make(spec), torch.randint(50, (2, length))
     full = model(tokens)
@@ -72,7 +72,7 @@ def test_cached_logits_equal_the_full_forward(spec, length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", [*UNBOUNDED, ["rope", "t5", "none"]])
+@pytest.mark.parametrize("spec", first_of_each([*UNBOUNDED, ["rope", "t5", "none"]]))
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_window_over_the_cache_equals_the_masked_full_forward_in_constant_memory(spec, sinks):
     model, tokens = make(spec), torch.randint(50, (2, 8 * T))
@@ -167,7 +167,7 @@ def test_causality_is_the_lower_triangle_in_both_paths():
         assert torch.allclose(attend(*arguments), attend(*arguments, seen=visible(pos, pos)), rtol=0, atol=rounding)
 
 
-@pytest.mark.parametrize("spec", UNBOUNDED)
+@pytest.mark.parametrize("spec", first_of_each(UNBOUNDED))
 @pytest.mark.parametrize("options", [{}, {"window": T, "sinks": 3}])
 def test_chunks_of_queries_change_nothing(spec, options, monkeypatch):
     """Neither logits nor gradients, with or without a window."""
@@ -289,7 +289,7 @@ def test_only_what_needs_no_mask_enters_a_cache_at_once(monkeypatch):
     assert sizes == [[8, 3, 1], [3, 3, 1], [3, 3, 1], [8], []]
 
 
-@pytest.mark.parametrize("spec", UNBOUNDED)
+@pytest.mark.parametrize("spec", first_of_each(UNBOUNDED))
 def test_generate_equals_naive_greedy_decoding_at_8_times_the_training_length(spec, monkeypatch):
     for name in ("WHOLE", "PIECE"):  # the prompt enters the cache in two pieces
         monkeypatch.setattr(caches, name, 3)
@@ -385,7 +385,7 @@ def attended(how, spec, T, dtype, device="cpu"):
     return [y.detach(), *torch.autograd.grad((y * weight).sum(), leaves)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 @pytest.mark.parametrize("spec", BY_DISTANCE + BOUNDED)
 def test_flex_attention_is_what_is_written_out(spec, dtype, flex_on_cpu):
     for got, expected in zip(*(attended(how, spec, 256, dtype) for how in (flex, written_out)), strict=True):

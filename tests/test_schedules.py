@@ -475,6 +475,7 @@ def test_a_list_of_the_same_length_is_laid_over_member_by_member():
     assert posenc.merge(spec, ["rope", "alibi"]) == ["rope", "alibi"]
 
 
+@pytest.mark.slow
 def test_init_from_adds_windows_and_gates_and_gives_positions_up(learned, trained, corpus, tmp_path, call_script):
     """What is new begins where it changes nothing; what the encoding learned stays."""
     added = {"gate": "elementwise", "short_conv": True, "learn_qk_scale": True, "init_from": trained, "max_steps": 1}
