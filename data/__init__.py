@@ -81,21 +81,17 @@ class Mix:
     masks = True
 
     def __init__(self, config, tokenizer):
-        self.parts = {}
-        for name in config.datasets:
-            one = copy.copy(config)
-            one.dataset = name
-            self.parts[name] = self.parts.get(name) or open_dataset(one, tokenizer)
-        names = config.datasets
+        names, texts = config.datasets, [name for name in dict.fromkeys(config.datasets) if name in SOURCES]
+        if len(texts) != 1:
+            raise UserError(f"dataset={names}: a mixture has one text, such as python, and tasks besides")
+        self.parts = {
+            name: open_dataset(only(config, name), tokenizer) for name in sorted(dict.fromkeys(names), key=texts.count)
+        }
         # (data set, its rows in a round, the place among them) of each row of a round
         self.turns = [(self.parts[name], names.count(name), names[:i].count(name)) for i, name in enumerate(names)]
         self.tasks = {name: part for name, part in self.parts.items() if name in tasks.TASKS}
-        texts = [part for name, part in self.parts.items() if name in SOURCES]
-        if len(texts) != 1:
-            raise UserError(
-                f"dataset={config.dataset}: a mixture has one text, such as python, and any number of tasks"
-            )
-        self.text, self.folder, self.size = texts[0], texts[0].folder, texts[0].size
+        self.text = self.parts[texts[0]]
+        self.folder, self.size = self.text.folder, self.text.size
         known = repr([(name, self.parts[name].meta["data_checksum"]) for name in config.datasets])
         self.meta = self.text.meta | {"data_checksum": hashlib.sha256(known.encode()).hexdigest()}
 
@@ -114,6 +110,13 @@ class Mix:
         rounds = max(1, count // len(self.turns))
         sets = [one.validation(length, rounds * share) for one, share, place in self.turns if place == 0]
         return tuple(np.concatenate(half) for half in zip(*sets, strict=True))
+
+
+def only(config, name):
+    """The settings with one of their data sets alone."""
+    config = copy.copy(config)
+    config.dataset = name
+    return config
 
 
 def open_dataset(config, tokenizer):
