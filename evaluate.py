@@ -110,7 +110,8 @@ def open_dataset(opened, options):
     """The run's data set, or the one that --data names. UserError where the run's own has changed."""
     config = opened.config
     config.data_dir = options.data_dir or config.data_dir
-    if options.lengths:  # no longer window has to fit into the text
+    mixed = isinstance(config.dataset, list) and not options.data
+    if options.lengths and not mixed:  # no longer window has to fit into the text
         known = dict(original_length=config.original_length or config.train_length, length_schedule={}, segments=1)
         config = changed(config, train_length=options.lengths[0], **known)
     if not options.data:
@@ -181,7 +182,8 @@ def measure(model, dataset, tokenizer, place, options):
         lengths, reached = reach(model, T, len(text.val))
         windows = long_windows(text, lengths[-1], scored_at(T), few)
         record["attention"] = spread.attention(model, windows, place, reached, T=T)
-        record |= beside(model, dataset, place, count)
+        if model.config.train_length == T:  # Tasks are read as they were trained.
+            record |= beside(model, dataset, place, count)
     return record
 
 

@@ -167,7 +167,7 @@ class ALiBi(Encoding):
     variants = ('alibi(slopes="harmonic", heads=0.5)',)
 
     def setup(self):
-        count = int(self.heads * self.n_head)
+        count = round(self.heads * self.n_head)
         self.require(1 <= count <= self.n_head, f"heads must be a share that gives 1 ... {self.n_head} heads a slope")
         slope = slopes(count, self.slopes) + [0.0] * (self.n_head - count)
         self.register_buffer("slope", torch.tensor(slope), persistent=False)

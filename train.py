@@ -74,9 +74,10 @@ def start(config, place, tokenizer, dataset):
     model = runs.build(config, place.device)
     if model.max_length < config.train_length:
         raise UserError(f"train_length={config.train_length}: {model.too_long(config.train_length)}")
-    absolute = [encoding.name for encoding in model.posenc if not encoding.relative]
-    if config.segments > 1 and absolute:
-        raise UserError(f"segments={config.segments} needs relative positions, and those of {absolute[0]} are not")
+    # A memory's first tokens would be mixed with none, where those before them have left.
+    unfit = [encoding.name for encoding in model.posenc if not encoding.relative or encoding.recalls]
+    if config.segments > 1 and unfit:
+        raise UserError(f"segments={config.segments} needs relative positions, token by token: {unfit[0]} has others")
 
     step, best, before, updaters = 0, math.inf, config, optimizers.make(model, config, place)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)

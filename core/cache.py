@@ -17,8 +17,8 @@ WHOLE, PIECE = 1 << 14, 512  # tokens that enter an empty cache at once, and one
 class Past:
     """The past of a call: nothing here, keys and values in a Cache, hidden states in a Memory.
 
-    A call asks `end` where its tokens end, announces them to `advance`, and then in every layer uses `extend`, `last`
-    and `append`.
+    A call asks `end` where its tokens end, announces them to `advance`, and then in every layer uses `extend`, `last`,
+    `recent` and `append`; or it tells a past that no layer uses to be `idle`.
 
     window: queries see keys at a distance below it, besides the first `sinks` tokens; None or 0 means all keys.
     log_n: queries with n > T keys in sight, T the training length, are multiplied by ln n / ln T, which keeps attention
@@ -140,7 +140,7 @@ class Cache(Past):
 class Slots(Cache):
     """A cache whose tensors keep their shapes and places from token to token, as a compiled model and a CUDA graph need
     it: room for `total` tokens from the start, also under a window, whose mask hides those before it. It begins with
-    what `cache` holds, takes one token at a time, whose position has to be given, and keeps nothing but keys and values
+    what `cache` holds, takes one token at a time, whose position has to be given, and keeps no state of an encoding's
     (ValueError). Unused slots come after the query, so that the causal mask hides them."""
 
     fixed = True
@@ -263,7 +263,8 @@ class Call:
         if kind == "none" or (kind in BY_POSITION and self.sight.span):
             return None
         chunk, wide = self.sight.chunk, torch.promote_types(q.dtype, torch.float32)
-        n = (self.pos % chunk if chunk else self.pos).clamp(max=self.reach - 1) + 1
+        before = self.pos - self.k_pos[0]  # a memory begins later than the text
+        n = (torch.minimum(self.pos % chunk, before) if chunk else before).clamp(max=self.reach - 1) + 1
         return factor(kind, n.to(wide), self.pos.to(wide), trained, learned, x).to(q.dtype)
 
     def parts(self, encoding, layer, qkv, x, temper=None, sink=None):

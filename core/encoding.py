@@ -14,6 +14,11 @@ that overrides the hooks it needs:
     values(weights, pairs)   -> (B, H, T, D)          the output of attention, from its weights
     turn_values(v, pos)      -> (B, H, T, D)          values, transformed, and the output of attention, turned back
 
+and, for hooks that content decides, says what it reads of the layer's input x (B, T, C):
+
+    state(x, last)           name -> (B, H, T, any)   what is kept for every token beside its key
+    asks(x)                  name -> (B, H, T, any)   what belongs to the queries alone, and is not kept
+
 Two rules prevent most bugs. Positions are explicit int64 tensors: nothing here derives a position from a shape, so a
 cache, a shifted window or a random position needs no special case. Angles, distances and biases are computed in float32
 (float64 when the model is) and cast last: bfloat16 cannot tell positions above 256 apart.

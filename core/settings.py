@@ -140,6 +140,8 @@ class Reading:
 
     def check_model(self, model):
         """UserError where these options do not go with the model."""
+        if self.sinks and any(encoding.unbroken for encoding in model.posenc):
+            raise UserError("path reads all tokens between a key and its query: it has no sinks; leave out --sinks")
         tempers = sorted({block.attn.temper_kind for block in model.blocks} - {"none"})
         if self.log_n and tempers:
             raise UserError(f"--log_n is a temper, and the model was trained with {', '.join(tempers)}: leave it out")

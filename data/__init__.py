@@ -106,7 +106,7 @@ class Mix:
         return tuple(np.concatenate(half) for half in zip(*rows, strict=True))
 
     def validation(self, length, count):
-        """Inputs and targets (<= count, length): as much of the validation set of each as it has of the rows."""
+        """Inputs and targets (about count, length): of each as much of its validation set as it has of the rows."""
         rounds = max(1, count // len(self.turns))
         sets = [one.validation(length, rounds * share) for one, share, place in self.turns if place == 0]
         return tuple(np.concatenate(half) for half in zip(*sets, strict=True))

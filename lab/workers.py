@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from core import files, runs
 from core.errors import ENDS_WITH_PARENT, UserError, no_flag
+from core.measure import TASK_MULTIPLES
 from core.settings import Config
 from lab import tables
 
@@ -184,6 +185,17 @@ def left(folder):
 
 
 def up_to_date(records, step, checksum):
-    """Whether there are records, and all of them of that step and corpus."""
+    """Whether there are records, all of them of that step and corpus, and of the lengths that tasks are read at now."""
+    tasks = [task for record in records.values() for task in (record, *record.get("tasks", {}).values())]
+    if not all(map(at_todays_lengths, tasks)):
+        return False
     known = {(record["step"], record.get("data_checksum", checksum)) for record in records.values()}
     return known == {(step, checksum)}
+
+
+def at_todays_lengths(record):
+    """Whether a task was measured at the multiples of T that it is measured at now. Its shortest example may stand for
+    the first of them."""
+    if "exact" not in record:
+        return True
+    return set(record["lengths"][1:]) <= {int(multiple * record["train_length"]) for multiple in TASK_MULTIPLES}

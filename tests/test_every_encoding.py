@@ -160,6 +160,7 @@ def test_segments_train_resume_and_are_refused_for_absolute_positions(corpus, tm
     (again / "ckpt_prev.pt").replace(again / "ckpt.pt")
     call_script("train.py", *command(corpus, again, **settings)[2:])
     assert same(state(again)["model"], state(out)["model"])
-    done = call_script("train.py", *command(corpus, tmp_path / "no", **(settings | {"posenc": "sinusoidal"}))[2:])
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "needs relative positions" in done.stderr
+    for spec in ("sinusoidal", "path"):
+        done = call_script("train.py", *command(corpus, tmp_path / "no", **(settings | {"posenc": spec}))[2:])
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"needs relative positions, token by token: {spec}" in done.stderr

@@ -94,5 +94,7 @@ def test_a_run_learns_both_resumes_exactly_and_is_asked_both(learn, call_script,
     done = call_script("evaluate.py", out, "--targets=4", f"--out_dir={tmp_path}/reach")
     assert done.returncode == 0 and "| exact match, copy, 4 windows | 0.5 T |" in done.stdout, done.stderr
     assert (tmp_path / "reach" / "exact-copy.png").read_bytes().startswith(b"\x89PNG")
+    done = call_script("evaluate.py", out, "--targets=4", "--lengths=[8, 24]")
+    assert done.returncode == 0 and "copy" not in done.stdout, done.stderr
     done = call_script("evaluate.py", out, "--targets=4", "--data=" + str(corpus))
     assert done.returncode == 0 and "copy" not in done.stdout, done.stderr

@@ -532,3 +532,18 @@ def test_what_spreads_in_a_schedule_is_what_its_layers_see():
     each = [n / (n + 1) * math.log(n + 1) for n in (W, 595.5)]  # n keys with a weight of 1 / (n + 1) each
     assert found["entropy"][0] == pytest.approx(each, rel=1e-4)
     assert found["first"][0] == [0, pytest.approx(1 / 596.5, rel=1e-3)]
+
+
+@torch.no_grad()
+def test_a_temper_counts_the_keys_of_a_memory_and_not_those_that_have_left():
+    """The same text again and again: from the second segment on, every one has the same before it."""
+    model = make("none", temper="ssmax", n_layer=1)
+    logits = model(torch.randint(50, (1, T)).repeat(1, 4), segments=4)
+    assert close(logits[:, 2 * T : 3 * T], logits[:, 3 * T :])
+    assert not close(logits[:, :T], logits[:, T : 2 * T])
+
+
+def test_what_reads_all_tokens_between_has_no_sinks_from_the_first_word_on():
+    with pytest.raises(UserError, match="no sinks"):
+        Reading(window=8, sinks=2).check_model(make("path"))
+    Reading(window=8).check_model(make("path"))

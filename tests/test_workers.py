@@ -135,3 +135,11 @@ def test_odd_results_are_set_aside_and_made_again(tmp_path, capsys):
         runs.write_json(file, content)
         assert workers.left(tmp_path) == ("", {}, 0.0) and not file.exists()
         assert capsys.readouterr().err.startswith(f"{file} is damaged: set aside as results.json.damaged")
+
+
+def test_a_task_that_was_measured_at_other_lengths_is_measured_anew():
+    record = {"train_length": 32, "step": 5, "lengths": [16, 32, 48, 64, 128, 256], "exact": [1.0] * 6}
+    assert workers.up_to_date({"a": record}, 5, "x")
+    older = record | {"lengths": [16, 32, 48, 64, 96, 128]}
+    assert not workers.up_to_date({"a": older}, 5, "x")
+    assert not workers.up_to_date({"a": {"step": 5, "lengths": [32], "tasks": {"copy": older}}}, 5, "x")

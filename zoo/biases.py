@@ -2,8 +2,8 @@
 
 The hook is `distance_bias(n)`: distances n >= 0 of any shape to (H, *n.shape), added to q k / sqrt(D);
 `distance_scale(n)` is a factor on that, of the same form. What the distance alone decides is a table, which a kernel on
-a GPU reads without ever making (T, S). Where the positions i and j matter
-by themselves too (fire), the hook is `bias(i, j)`. Biases stay in float32: half precision would merge distances.
+a GPU reads without ever making (T, S). Where the positions i and j matter by themselves too (fire), the hook is
+`bias(i, j)`. Biases stay in float32: half precision would merge distances.
 """
 
 import torch

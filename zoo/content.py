@@ -198,7 +198,7 @@ class GrapeA(Encoding):
     u, v are of length one, whatever the parameters, which start from N(0, 1/D); softplus(o) starts at 1. H (2D + 1)
     parameters a layer. At first it is about alibi times 1.4. The cost is that of a few sums of B H T S elements. Past T
     far keys fade as in alibi, but no key can refuse to: the factor is never zero. Trap: half precision would merge
-    slopes times distances, so both are in float32.
+    slopes times distances, so both are in float32. A temper changes the queries, and with them the slopes.
 
     In 2026 it is alive.
     """

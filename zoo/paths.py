@@ -143,12 +143,13 @@ class Wall(Encoding):
 
 
 class PaTH(Encoding):
-    """Every token on the way from key to query reflects what passes it along a direction of its own (Yang et al. 2025).
+    """Every token on the way from key to query reflects what passes it along a direction of its own (Yang et al. 2025,
+    "PaTH attention").
 
         S_ij = q_i H_i H_{i-1} ... H_{j+1} k_j / sqrt(D),  H_t = I - b_t w_t w_t^T,  b_t = 2 sigmoid(W x_t + c)
         w_t = silu(conv(W2 W1 x_t)), of length 1, conv a causal convolution of every channel over 3 tokens
 
-    ("PaTH attention".) r (C + H D) + H C parameters a layer, with rank r = 32; heads that share a key share w and b.
+    r (C + H D) + H C parameters a layer, with rank r = 32; heads that share a key share w and b.
     The products of queries with a block of 32 keys are one triangular solve,
 
         tril(QK') - tril(QW') (I + stril(B WW'))^-1 stril(B WK')

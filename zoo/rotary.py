@@ -98,9 +98,8 @@ class PoPE(Encoding):
 
     def rotate(self, pairs):
         phase = clamped(self.phase, -2 * math.pi, 0)
-        return self.polar(pairs.q, self.angle(pairs.q, pairs.i) - phase), self.polar(
-            pairs.k, self.angle(pairs.k, pairs.j)
-        )
+        q = self.polar(pairs.q, self.angle(pairs.q, pairs.i) - phase)
+        return q, self.polar(pairs.k, self.angle(pairs.k, pairs.j))
 
     def angle(self, x, pos):
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -193,7 +192,7 @@ class DCA(ReRoPE):
 
         n' = n                                  for j in the chunk of i, c tokens each
              min(i mod c + c, c + w) - j mod c  for j in the chunk before: exact for n <= w
-             c + w - j mod c                    for j further off
+             min(2 c - 1, c + w) - j mod c      for j further off
 
     For a trained rope model, at test time: `--posenc=dca`. As in the authors' code `chunk_len` c is 5 T/8 and `window`
     w is T/8 unless given, so that n' stays within 3 T/4; that code's factor on cos and sin for long contexts, of which
