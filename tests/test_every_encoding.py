@@ -112,7 +112,10 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
         assert nearly(torch.load(tmp_path / f"{index}.pt"), expected), spec
 
 
-@pytest.mark.parametrize("spec", [spec if spec in FEW else pytest.param(spec, marks=pytest.mark.slow) for spec in ALL])
+@pytest.mark.parametrize(
+    "spec",  # transformer_xl takes as long as all the others of the few
+    [spec if spec in set(FEW) - {"transformer_xl"} else pytest.param(spec, marks=pytest.mark.slow) for spec in ALL],
+)
 def test_compiled_it_computes_the_same(spec):
     """Traced and differentiated by torch.compile; the generated code itself is torch's to test."""
     tokens = torch.randint(50, (2, T + 1))

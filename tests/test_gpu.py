@@ -74,6 +74,7 @@ def checkout(folder):
     (folder / "model.py").write_text(NANOGPT, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_cell_has_a_figure(measured, tmp_path, capsys):
     checkout(tmp_path)
     tables, notes = measured(dataclasses.replace(TINY, nanogpt=str(tmp_path)))

@@ -123,6 +123,7 @@ def test_the_race_prints_both_sides(timed, checkout, tmp_path, monkeypatch):
         assert 2 < float(row[3].split()[0]) < math.log(257) + 1
 
 
+@pytest.mark.slow
 def test_a_process_is_timed_and_every_checkpoint_kept(checkout, tmp_path):
     race.NanoGPT(checkout, TEXT, tmp_path)
     script, config = checkout / "train.py", checkout / "config" / "train_shakespeare_char.py"

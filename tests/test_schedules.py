@@ -59,7 +59,14 @@ def close(one, other):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [*({"posenc": spec} for spec in SCHEDULES), *RECIPES.values()], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"posenc": spec} for spec in SCHEDULES),
+        *(pytest.param(settings, id=name, marks=pytest.mark.slow) for name, settings in RECIPES.items()),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("length", [T // 2, T, W - 1, W, W + 1, 8 * T])
 def test_cached_logits_equal_the_full_forward(settings, length):
     model, tokens = make(**settings), torch.randint(50, (2, length))
