@@ -31,6 +31,7 @@ SCHEDULES |= {f"recipes/{name}": settings for name, settings in small.RECIPES.it
 ALL = [*TRAINED, *SCHEDULES]
 # One of each kind is tested always, all others with the slow tests: nothing, an addition to the embeddings, biases, a
 # rotation, logits, a memory, a schedule.
+PAIRED = [spec for spec in ALL if not str(spec).startswith("recipes/") and "(" not in str(spec)]  # in two processes
 FEW = ("none", "learned", "alibi", "t5", "rope", "fox", "transformer_xl", "windows")
 T = 16
 
@@ -91,13 +92,13 @@ def one_of_two(rank, results):
     """A process that computes its half of a batch with every encoding in turn."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{results}/meeting", rank=rank, world_size=2)
-    for spec in ALL:
+    for spec in PAIRED:
         tokens = torch.randint(50, (4, T + 1), generator=torch.Generator().manual_seed(5))[2 * rank : 2 * rank + 2]
         model = model_of(spec)
         forward = DistributedDataParallel(model)
         found = gradients(model, forward(tokens[:, :-1], tokens[:, 1:]).mean())
         if rank == 0:
-            torch.save(found, results / f"{ALL.index(spec)}.pt")
+            torch.save(found, results / f"{PAIRED.index(spec)}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -106,7 +107,7 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
     tiny.prepare_server()
     multiprocessing.start_processes(one_of_two, (tmp_path,), nprocs=2, start_method=tiny.METHOD)
     tokens = torch.randint(50, (4, T + 1), generator=torch.Generator().manual_seed(5))
-    for index, spec in enumerate(ALL):
+    for index, spec in enumerate(PAIRED):
         model = model_of(spec)
         expected = gradients(model, model(tokens[:, :-1], tokens[:, 1:]).mean())
         assert nearly(torch.load(tmp_path / f"{index}.pt"), expected), spec
