@@ -145,12 +145,11 @@ def write(by_seed, seeds, T, command, place, options):
     for page in [out / "results.md", options.page] if options.docs else [out / "results.md"]:
         report.write_table(page, out.name, lines, command, place, **said)
     tables.pictures(out, means, by_seed)
-    for task in ["", *tables.tasks_of(means)] if options.docs else []:
-        picture = f"exact-{task}.png" if task else "length.png"
-        with files.atomic(
-            options.page.parent / (f"{out.name}-{task}.png" if task else f"{out.name}.png"), "wb"
-        ) as file:
-            file.write((out / picture).read_bytes())
+    drawn = {"length.png": f"{out.name}.png"}
+    drawn |= {f"exact-{task}.png": f"{out.name}-{task}.png" for task in tables.tasks_of(means)}
+    for own, beside in drawn.items() if options.docs else ():
+        with files.atomic(options.page.parent / beside, "wb") as file:
+            file.write((out / own).read_bytes())
     made = {"command": command} | report.provenance(place)
     runs.write_record(out / "results.json", {"made": made, "train_length": T, "runs": all_runs})
     print("\n".join(tables.table(means)))
