@@ -132,28 +132,25 @@ def write(by_seed, seeds, T, command, place, options):
     """{name: [record of each seed]} -> tables, picture and all figures in the folders that the options name."""
     out = Path(options.out_dir)
     means = {name: tables.mean(records) for name, records in by_seed.items()}
-    key = tables.headline(means)
-    lines = [*tables.tables(means), "", *tables.seeds_table(by_seed, seeds, key)]
-    if key == "loss":
-        lines += ["", *tables.ratio_table(means)]
-    for task in tables.tasks_of(means):
-        of_task = {name: [record["tasks"][task] for record in records] for name, records in by_seed.items()}
-        lines += ["", *tables.seeds_table(of_task, seeds, "exact", task)]
+    lines, headlines = tables.tables(means), tables.headlines(means)
+    for key, task in headlines:
+        lines += ["", *tables.seeds_table(by_seed, seeds, key, task)]
+        if key == "loss":
+            lines += ["", *tables.ratio_table(means)]
     all_runs = {name: dict(zip(map(str, seeds), records, strict=True)) for name, records in by_seed.items()}
     commits = sorted({record["commit"] for records in by_seed.values() for record in records})
     said = {"seeds": ", ".join(map(str, seeds)), "measured at": ", ".join(commits)}
     for page in [out / "results.md", options.page] if options.docs else [out / "results.md"]:
         report.write_table(page, out.name, lines, command, place, **said)
     tables.pictures(out, means, by_seed)
-    drawn = {"length.png": f"{out.name}.png"}
-    drawn |= {f"exact-{task}.png": f"{out.name}-{task}.png" for task in tables.tasks_of(means)}
+    drawn = {tables.file_of(task): "-".join(filter(None, (out.name, task))) + ".png" for _, task in headlines}
     for own, beside in drawn.items() if options.docs else ():
         with files.atomic(options.page.parent / beside, "wb") as file:
             file.write((out / own).read_bytes())
     made = {"command": command} | report.provenance(place)
     runs.write_record(out / "results.json", {"made": made, "train_length": T, "runs": all_runs})
-    print("\n".join(tables.table(means)))
-    print(f"all of it: {out}/results.md, results.json, length.png")
+    print("\n".join(tables.tables(means, tables.headlines)))
+    print(f"all of it: {out}/results.md, results.json, {', '.join(drawn)}")
 
 
 def main(argv):

@@ -25,7 +25,7 @@ VERSION = 1  # of the examples; raise it when they change
 
 
 LETTERS, DIGITS, BITS = string.ascii_lowercase, string.digits, "01"
-KEYS = ["".join(pair) for pair in itertools.product(LETTERS, repeat=2)]
+KEYS = np.array([a + b for a in LETTERS for b in LETTERS])  # (676,) of two letters each
 
 
 def draw(alphabet, rng, count):
@@ -112,7 +112,7 @@ def needles(length, rng, queries=1, values=1):
     keys = rng.permutation(KEYS)
     asked, others = keys[:queries], keys[queries:]
     whose = rng.permutation([*np.repeat(asked, values), *rng.choice(others, count - queries * values)])
-    hidden = [(key, draw(DIGITS, rng, 4)) for key in whose]
+    hidden = [(key, f"{number:04}") for key, number in zip(whose, rng.integers(10**4, size=count), strict=True)]
     parts = ["".join(f"{key}{number} " for key, number in hidden)]
     for key in asked:
         parts[-1] += f"?{key}"
@@ -154,7 +154,7 @@ def indexing(length, rng):
     for source in sources:
         place = word.index(source)
         near = range(max(0, place - 9), min(count, place + 10))
-        target = rng.choice([there for there in near if there != place])
+        target = int(rng.choice([there for there in near if there != place]))
         parts[-1] += f",{source}{target - place:+}"
         parts += [word[target], ""]
     return parts

@@ -2,8 +2,9 @@
 
 A record is what was measured of one run: {"train_length": T, "lengths": [tokens of context, ...]}, numbers for each of
 these lengths ("loss", "exact", ...), and what made them. A run's length.json is one; a results.json has several, as
-{"made": ..., "runs": {name: record}}. Records of runs with different T share columns, which are multiples of T. Every
-table goes through `pivot`.
+{"made": ..., "runs": {name: record}}. A run that learned several tasks, or some beside a text, has a record of each
+under "tasks". Records of runs with different T share columns, which are multiples of T. Every table goes through
+`pivot`.
 """
 
 import functools
@@ -50,33 +51,51 @@ def pivot(heads, cells, multiple="{:.3g} T"):
     )
 
 
-def by_multiple(record, key):
+def of_task(record, task):
+    """A record, or where a task is named that of the task."""
+    return record["tasks"][task] if task else record
+
+
+def by_multiple(record, key, task=""):
     """{length / T: number} of one of the TABLES, {} where the record has none. The multiples have three digits, or 1.1
-    T would differ from one T to another."""
-    _, _, path, readable = TABLES[key]
+    T would differ from one T to another. task: the one of several that is asked for."""
+    (_, _, path, readable), record = TABLES[key], of_task(record, task)
     numbers = functools.reduce(lambda part, name: part.get(name, {}), path, record)
     multiples = [float(f"{length / record['train_length']:.3g}") for length in record["lengths"]]
     return dict(zip(multiples, map(readable, numbers), strict=True)) if numbers else {}
 
 
-def headline(records):
-    """The key of the TABLES that {name: record} are about first of all."""
-    return "exact" if all(by_multiple(record, "exact") for record in records.values()) else "loss"
+def kinds(records):
+    """[(key, task)] of the TABLES that all of {name: record} have numbers for, those of several tasks last, in the
+    order of the first record."""
+    first, *others = records.values()
+    shared = [task for task in first.get("tasks", {}) if all(task in other.get("tasks", {}) for other in others)]
+    keys = [key for key in TABLES if all(by_multiple(record, key) for record in records.values())]
+    return [(key, "") for key in keys] + [("exact", task) for task in shared]
 
 
-def cells_of(records, key):
+def headlines(records):
+    """[(key, task)] that {name: record} are about first of all: exact match or else loss, and each of several tasks."""
+    found = kinds(records)
+    return [kind for kind in found if kind[1] or kind == found[0]]
+
+
+def titled(key, task):
+    """The title of one of the TABLES, with the task that it is of."""
+    return f"{TABLES[key][0]}, {task}" if task else TABLES[key][0]
+
+
+def cells_of(records, key, task=""):
     """{name: record} -> cells of one of the TABLES."""
-    form = TABLES[key][1]
-    return [((name,), at, form.format(x)) for name in records for at, x in by_multiple(records[name], key).items()]
+    numbers = {name: by_multiple(record, key, task) for name, record in records.items()}
+    return [((name,), at, TABLES[key][1].format(x)) for name in records for at, x in numbers[name].items()]
 
 
-def table(records, key=None, task=""):
-    """{name: record} -> lines: one of the TABLES at multiples of T, by default the headline. task: what the records are
-    of, for the title."""
-    key = key or headline(records)
-    title, cells = f"{TABLES[key][0]}, {task}" if task else TABLES[key][0], cells_of(records, key)
+def table(records, key, task=""):
+    """{name: record} -> lines: one of the TABLES at multiples of T, perhaps of one of several tasks."""
+    title, cells = titled(key, task), cells_of(records, key, task)
     if key in ("exact", "loss"):
-        counts = sorted({record["windows"] for record in records.values()})
+        counts = sorted({of_task(record, task)["windows"] for record in records.values()})
         title += f", {' or '.join(map(str, counts))} window{'s' * (counts != [1])}"
     if key == "loss":
         held = {name: holds_to(record) for name, record in records.items()}
@@ -84,23 +103,9 @@ def table(records, key=None, task=""):
     return pivot([title], cells)
 
 
-def tables(records):
-    """Every one of the TABLES that all records have numbers for, with an empty line between two."""
-    keys = [key for key in TABLES if all(by_multiple(record, key) for record in records.values())]
-    parts = [table(records, key) for key in keys]
-    parts += [table(of_task(records, task), "exact", task) for task in tasks_of(records)]
-    return [line for part in parts for line in ("", *part)][1:]
-
-
-def tasks_of(records):
-    """The tasks beside a text that all of {name: record} answer, in the order of the first."""
-    first, *others = records.values()
-    return [task for task in first.get("tasks", {}) if all(task in other.get("tasks", {}) for other in others)]
-
-
-def of_task(records, task):
-    """{name: record} -> the records of one of the tasks beside their text."""
-    return {name: record["tasks"][task] for name, record in records.items()}
+def tables(records, of=kinds):
+    """The TABLES of {name: record}, all there are or the `headlines`, with an empty line between two."""
+    return [line for kind in of(records) for line in ("", *table(records, *kind))][1:]
 
 
 def holds_to(record):
@@ -135,13 +140,11 @@ def with_error(numbers, form):
 
 
 def seeds_table(records, seeds, key, task=""):
-    """{name: [record of each seed]} -> lines: mean, every seed, and the paired difference to the first name. task: what
-    the records are of, for the title."""
-    title, form, *_ = TABLES[key]
-    title, cells, (first, *_) = f"{title}, {task}" if task else title, [], records
-    base = [by_multiple(record, key) for record in records[first]]
+    """{name: [record of each seed]} -> lines: mean, every seed, and the paired difference to the first name."""
+    form, cells, (first, *_) = TABLES[key][1], [], records
+    base = [by_multiple(record, key, task) for record in records[first]]
     for name, of_seeds in records.items():
-        numbers = [by_multiple(record, key) for record in of_seeds]
+        numbers = [by_multiple(record, key, task) for record in of_seeds]
         for at in numbers[0]:
             column = [number[at] for number in numbers]
             cells.append(((name, "mean"), at, f"**{form.format(statistics.fmean(column))}**"))
@@ -151,7 +154,7 @@ def seeds_table(records, seeds, key, task=""):
             if name != first and at in base[0]:
                 pairs = [number - other[at] for number, other in zip(column, base, strict=True)]
                 cells.append(((name, f"less {first}"), at, with_error(pairs, form)))
-    return pivot([title, ""], cells)
+    return pivot([titled(key, task), ""], cells)
 
 
 def ratio_table(records):
@@ -169,27 +172,32 @@ def ratio_table(records):
 # Pictures.
 
 
-def picture(path, records, seeds=()):
+def file_of(task):
+    """The name of the picture of a headline."""
+    return f"exact-{task}.png" if task else "length.png"
+
+
+def picture(path, records, key, task="", seeds=()):
     """Loss, or exact match, of {name: record} against the length of the context, as a PNG. seeds: {name: [record of
     each seed]}, drawn as bands."""
-    key = headline(records)
     label = {"exact": "exact match", "loss": "loss (nats per token)"}[key]
-    series = {name: curve(record, key) for name, record in records.items()}
+    series = {name: curve(record, key, task) for name, record in records.items()}
     for name in seeds:
-        columns = list(zip(*(curve(record, key)[1] for record in seeds[name]), strict=True))
+        columns = list(zip(*(curve(record, key, task)[1] for record in seeds[name]), strict=True))
         series[name] = *series[name], list(map(min, columns)), list(map(max, columns))
     report.lines(path, series, "context / training length", label, log_x=True, mark_x=1)
 
 
-def curve(record, key):
+def curve(record, key, task=""):
     """([multiple of T, ...], [number, ...]) of one of the TABLES."""
-    numbers = by_multiple(record, key)
+    numbers = by_multiple(record, key, task)
     return list(numbers), list(numbers.values())
 
 
 def pictures(folder, records, seeds=()):
-    """length.png, and what else {name: record} have numbers for, into the folder."""
-    picture(folder / "length.png", records, seeds)
+    """Those of the headlines, and what else {name: record} have numbers for, into the folder."""
+    for key, task in headlines(records):
+        picture(folder / file_of(task), records, key, task, seeds)
     by_position, spread = {}, {}
     for name, record in records.items():
         if "map" in record:
@@ -200,9 +208,6 @@ def pictures(folder, records, seeds=()):
             by_position[name] = [middle / record["train_length"] for middle in middles], loss
         if by_multiple(record, "entropy"):
             spread[name] = curve(record, "entropy")
-    for task in tasks_of(records):
-        of_seeds = {name: [record["tasks"][task] for record in seeds[name]] for name in seeds}
-        picture(folder / f"exact-{task}.png", of_task(records, task), of_seeds)
     if by_position:
         labels = "position / training length", "loss (nats per token)"
         report.lines(folder / "position.png", by_position, *labels, mark_x=1)
@@ -214,7 +219,7 @@ def pictures(folder, records, seeds=()):
 def is_whole(record):
     """Whether a record that was read from a file is one: every table can be made of it."""
     try:
-        return min(record["train_length"], *record["lengths"]) > 0 and bool(tables({"": record}))
+        return min([record["train_length"], *record["lengths"]]) > 0 and bool(tables({"": record}))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         return False
 

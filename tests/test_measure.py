@@ -71,7 +71,7 @@ def test_lengths_the_validation_text_cannot_hold_are_left_out():
 def test_lengths_without_positions_are_left_out():
     result = length_loss(Recorder(16, max_length=16), dataset([500]), CPU, 5, FEW)
     assert (result["lengths"], len(result["loss"])) == ([8, 16], 2)
-    assert tables.table({"learned": result, "rope": result | {"lengths": [8, 32]}})[2:] == [
+    assert tables.table({"learned": result, "rope": result | {"lengths": [8, 32]}}, "loss")[2:] == [
         "| learned | 1.000 | 1.000 | no position | 1 T |",
         "| rope | 1.000 | no position | 1.000 |  |",
     ]
