@@ -7,7 +7,8 @@ A data set is a module with `signature(config)`, a value that changes when its t
 
 as data/folders.py says. A text is a str, or several in a row: long ones are never in memory as a whole.
 
-The synthetic tasks of data/tasks.py have the same methods and no files. A `Mix` takes its rows from several of these.
+The synthetic tasks of data/tasks.py have the same methods and no files. A `Mix` takes its rows from several tasks, and
+perhaps a text.
 """
 
 import copy
