@@ -22,8 +22,6 @@ from core.errors import UserError
 from data import vocabulary
 
 VERSION = 1  # of the examples; raise it when they change
-
-
 LETTERS, DIGITS, BITS = string.ascii_lowercase, string.digits, "01"
 KEYS = np.array([a + b for a in LETTERS for b in LETTERS])  # (676,) of two letters each
 
@@ -181,7 +179,7 @@ def flipflop(length, rng):
 def sort(length, rng):
     """31415=11345
 
-    Bucket sort (Deletang et al. 2023, "Neural networks and the Chomsky hierarchy"): long words need counting.
+    Bucket sort (Delétang et al. 2023, "Neural networks and the Chomsky hierarchy"): long words need counting.
     """
     word = draw(DIGITS, rng, max(1, (length - 1) // 2))
     return [f"{word}=", "".join(sorted(word))]
@@ -190,7 +188,7 @@ def sort(length, rng):
 def parity(length, rng):
     """0110, of which 0100 is asked: whether the ones so far are odd in number.
 
-    Hahn 2020, "Theoretical limitations of self-attention". The parity of the whole word alone, as Deletang et al. 2023
+    Hahn 2020, "Theoretical limitations of self-attention". The parity of the whole word alone, as Delétang et al. 2023
     ask for it, is the last of these; all of them teach more, and need no other state.
     """
     word = draw(BITS, rng, max(1, length))
@@ -203,9 +201,9 @@ SWAPS = dict(zip(LETTERS, itertools.combinations("12345", 2), strict=False))  # 
 def s5(length, rng):
     """aej, of which 233 is asked: under which of five cups is the ball after each swap, if it was under the first?
 
-    A word problem of the group S5, which has all orders of the cups, and is hard for any fixed depth (Merrill et al.
-    2024, "The illusion of state in state-space models"). They ask for the whole order; one of its places is as hard.
-    The letters are the ten swaps: a is 1 and 2, b is 1 and 3, ..., j is 4 and 5.
+    A word problem of S5, the group of all orders of the cups (Merrill et al. 2024, "The illusion of state"): complete
+    for NC1, so that no fixed number of layers is thought to solve it at all lengths. They ask for the whole order, of
+    which one place is as hard. The letters are the ten swaps: a is 1 and 2, b is 1 and 3, ..., j is 4 and 5.
     """
     word, cup, cups = draw([*SWAPS], rng, max(1, length)), "1", ""
     for letter in word:
@@ -252,7 +250,7 @@ TASKS = {
     "s5": s5,
     "dyck": dyck,
 }
-BESIDE = {"parity", "s5", "dyck"}  # what they ask for stands beside the text: see above
+BESIDE = {"parity", "s5", "dyck"}  # what these ask for stands beside the text, not in it
 
 
 class Task:
@@ -299,7 +297,7 @@ class Task:
         return question, 1 if self.name in BESIDE else len(answer) + 1
 
     def asked(self, parts):
-        """An example -> its text, and for each character of it the token that has to come next, or -1."""
+        """An example -> its text, and for each character of it the token that is asked for behind it, or -1."""
         if self.name in BESIDE:
             text, states = parts
             return text, [-1 if state == " " else ord(state) for state in states]
