@@ -102,6 +102,7 @@ class Encoding(nn.Module):
     """
 
     name = None  # the flag's value
+    standing = ""  # in 2026: "alive", a "control" that papers still print beside theirs, or "history"
     arguments = {}
     forms = {}  # argument that chooses a form -> {form: the arguments that this form reads, of those that not all read}
     nested = ()  # arguments that are values of the flag themselves
