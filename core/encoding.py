@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from core.errors import brief, nearest, require
+from core.errors import UserError, brief, nearest, require
 
 ENCODINGS = {}  # name -> class
 
@@ -251,6 +251,12 @@ class Encoding(nn.Module):
         """Values (B, H_kv, S, D) at positions pos (S,), transformed as they enter the cache; or `back`, the output of
         attention (B, H, T, D) at the queries' positions. Called where `turns_values` is set."""
         return v
+
+    def check_sinks(self):
+        """UserError where sinks, which lie far before a window, would leave out tokens that it reads."""
+        if self.unbroken:
+            why = "reads all tokens between a key and its query: it has no sinks; leave them out"
+            raise UserError(f"{self.name} {why}")
 
     def require(self, condition, message):
         if not condition:
