@@ -1,10 +1,12 @@
 """Finding letters by their distance from other letters, in words of up to 44: from content to a place, and back.
 
 In the paper pope learns it and rope does not: python train.py configs/indexing.py --posenc=pope
+The rows are short at first, so that there are few places to choose from.
 """
 
 dataset = "indexing"
 train_length = 64
+length_schedule = {0.0: 32, 0.5: 64}
 n_layer = 3
 n_head = 4
 n_embd = 128
