@@ -21,7 +21,7 @@ from core import place as places
 from core import report, runs
 from core.errors import UserError, nearest, pasted, require, require_range, run
 from core.flags import Dtype, changed, flags, make
-from core.measure import MULTIPLES, exact_match, length_loss, long_windows, reach, scored_at
+from core.measure import MULTIPLES, exact_match, length_loss, reach, targets
 from core.settings import Reading
 from data import vocabulary
 from lab import frequencies, passkey, perplexity, spread
@@ -180,7 +180,7 @@ def measure(model, dataset, tokenizer, place, options):
     record["by_position"] = perplexity.position_loss(model, text, place, count, T, **reading)
     if not any(reading.values()):
         lengths, reached = reach(model, T, len(text.val))
-        windows = long_windows(text, lengths[-1], scored_at(T), few)
+        windows = targets(text, T, few).windows(lengths[-1])
         record["attention"] = spread.attention(model, windows, place, reached, T=T)
         if model.config.train_length == T:  # Tasks are read as they were trained.
             record |= beside(model, dataset, place, count)
@@ -203,7 +203,7 @@ def look_at_frequencies(opened_runs, datasets, place, options):
     for name, opened in opened_runs.items():
         T, model, dataset = opened.config.train_length, opened.model, datasets[name].text
         loss = functools.partial(length_loss, model, dataset, place, options.targets, (1, 2, 4))
-        measured[name] = model, long_windows(dataset, T, scored_at(T), options.targets), loss
+        measured[name] = model, targets(dataset, T, options.targets).windows(T), loss
     return frequencies.look(measured, place)
 
 

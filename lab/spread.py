@@ -56,7 +56,7 @@ def attention(model, windows, place, lengths, budget=1 << 12, T=0):
     """Where the last T/4 queries of L tokens look, for every length L that the encoding has positions for. T is the
     model's own unless named.
 
-    windows (N, Lmax + 1) ids, as core.measure.long_windows gives them: the input is the L tokens before the last, as it
+    windows (N, Lmax + 1) ids, as core.measure.Targets gives them: the input is the L tokens before the last, as it
     is for length_loss. They enter a cache in chunks, about `budget` tokens at once, so memory grows with L alone.
     Returns {"lengths", "entropy", "share", "first", "by_layer"}: for every length the mean over queries, heads and
     layers of the entropy of the weights (nats), of the entropy / ln(keys seen), and of the weight on the first token;

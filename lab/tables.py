@@ -77,11 +77,18 @@ def table(records, key=None, task=""):
     title, cells = f"{TABLES[key][0]}, {task}" if task else TABLES[key][0], cells_of(records, key)
     if key in ("exact", "loss"):
         counts = sorted({record["windows"] for record in records.values()})
-        title += f", {' or '.join(map(str, counts))} window{'s' * (counts != [1])}"
+        title += f", {' or '.join(map(str, counts))} window{'s' * (counts != [1])}{crossed(records)}"
     if key == "loss":
         held = {name: holds_to(record) for name, record in records.items()}
         cells += [((name,), "holds to", f"{at:.3g} T" if at else "") for name, at in held.items()]
     return pivot([title], cells)
+
+
+def crossed(records):
+    """What the title says of {name: record} whose longest windows reach into other documents than their targets'."""
+    ends = [record.get("own_context", math.inf) / record["train_length"] for record in records.values()]
+    longest = max(record["lengths"][-1] / record["train_length"] for record in records.values())
+    return f", past {min(ends):.3g} T in other documents" if min(ends) < longest else ""
 
 
 def tables(records):
