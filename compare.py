@@ -41,6 +41,7 @@ class Compare(Config):
     seeds: int = 3  # runs of each, with seed, seed + 1, ...
     jobs: int = 0  # runs at once, which share the CPU's cores or take turns on GPUs; 0 means 1, or one for each GPU
     targets: int = 64  # windows scored at every length
+    key_evaluator: str = ""  # a run trained on longer contexts: the loss of tokens that, it finds, need them
     docs: str = ""  # a folder whose results.md has the place <!-- NAME --> of out_dir for the tables, or a page (.md)
 
     def __post_init__(self):
@@ -133,7 +134,9 @@ def write(by_seed, seeds, T, command, place, options):
     out = Path(options.out_dir)
     means = {name: tables.mean(records) for name, records in by_seed.items()}
     key = tables.headline(means)
-    lines = [*tables.tables(means), "", *tables.seeds_table(by_seed, seeds, key)]
+    lines = tables.tables(means)
+    for measured in (key, *(other for other in ("gain", "key") if tables.has(means, other))):
+        lines += ["", *tables.seeds_table(by_seed, seeds, measured)]
     if key == "loss":
         lines += ["", *tables.ratio_table(means)]
     for task in tables.tasks_of(means):
@@ -146,6 +149,7 @@ def write(by_seed, seeds, T, command, place, options):
         report.write_table(page, out.name, lines, command, place, **said)
     tables.pictures(out, means, by_seed)
     drawn = {"length.png": f"{out.name}.png"}
+    drawn |= {file: f"{out.name}-{file}" for file in ("gain.png", "key.png") if (out / file).exists()}
     drawn |= {f"exact-{task}.png": f"{out.name}-{task}.png" for task in tables.tasks_of(means)}
     for own, beside in drawn.items() if options.docs else ():
         with files.atomic(options.page.parent / beside, "wb") as file:
@@ -176,7 +180,8 @@ def main(argv):
         raise UserError(f"another comparison works in {out}: wait for its end, or choose another folder with --out_dir")
 
     workers = Workers(min(options.jobs, len(all_configs)), place.device, out / "logs")
-    told, measured = {each.name: each.argv for each in named}, (f"--targets={options.targets}", f"--train_length={T}")
+    told, measured = {each.name: each.argv for each in named}, [f"--targets={options.targets}", f"--train_length={T}"]
+    measured += [f"--key_evaluator={options.key_evaluator}"] if options.key_evaluator else []
     jobs = {
         (name, seed): functools.partial(trained, workers, config, told[name], checksum, *measured)
         for (name, seed), config in all_configs.items()

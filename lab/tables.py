@@ -7,6 +7,7 @@ table goes through `pivot`.
 """
 
 import functools
+import itertools
 import math
 import statistics
 
@@ -14,13 +15,16 @@ from core import report
 from core.errors import require
 from lab import passkey
 
-HOLDS = 1.05  # a length holds while its perplexity is at most so many times that at T
+BROKEN = 1.05  # a length breaks a model if its perplexity is more than so many times that at T
+NOISE = 2  # a gain is above its noise if it is more than so many times its standard error
 SAME = float  # a number stands in its table as the record has it
 
 # key: (title of its table, how its numbers are written, where a record has them, what is made of each)
 TABLES = {
     "exact": ("exact match", "{:.1%}", ["exact"], SAME),
     "loss": ("nats per token", "{:.3f}", ["loss"], SAME),
+    "gain": ("nats saved by the same passage, so far back", "{:.3f}", ["gain", "gain"], SAME),
+    "key": ("nats per key token", "{:.3f}", ["key", "loss"], SAME),
     "non_overlapping": ("perplexity, windows apart", "{:.2f}", ["non_overlapping"], math.exp),
     "sliding": ("perplexity, windows sliding by L/2", "{:.2f}", ["sliding"], math.exp),
     "bits_per_byte": ("bits per byte, windows apart", "{:.3f}", ["bits_per_byte"], SAME),
@@ -50,24 +54,35 @@ def pivot(heads, cells, multiple="{:.3g} T"):
     )
 
 
-def by_multiple(record, key):
-    """{length / T: number} of one of the TABLES, {} where the record has none. The multiples have three digits, or 1.1
-    T would differ from one T to another."""
-    _, _, path, readable = TABLES[key]
-    numbers = functools.reduce(lambda part, name: part.get(name, {}), path, record)
-    multiples = [float(f"{length / record['train_length']:.3g}") for length in record["lengths"]]
+def by_multiple(record, key, name=""):
+    """{length / T: number} of one of the TABLES, {} where the record has none; with a name, of what has it beside these
+    numbers. The multiples have three digits, or 1.1 T would differ from one T to another."""
+    _, _, (*path, last), readable = TABLES[key]
+    part = functools.reduce(lambda part, name: part.get(name, {}), path, record)
+    numbers, lengths = part.get(name or last, {}), part.get("distances", record["lengths"])
+    multiples = [float(f"{length / record['train_length']:.3g}") for length in lengths]
     return dict(zip(multiples, map(readable, numbers), strict=True)) if numbers else {}
 
 
 def headline(records):
     """The key of the TABLES that {name: record} are about first of all."""
-    return "exact" if all(by_multiple(record, "exact") for record in records.values()) else "loss"
+    return "exact" if has(records, "exact") else "loss"
+
+
+def has(records, key):
+    """Whether all of {name: record} have numbers for one of the TABLES."""
+    return all(by_multiple(record, key) for record in records.values())
 
 
 def cells_of(records, key):
-    """{name: record} -> cells of one of the TABLES."""
-    form = TABLES[key][1]
-    return [((name,), at, form.format(x)) for name in records for at, x in by_multiple(records[name], key).items()]
+    """{name: record} -> cells of one of the TABLES, with standard errors where the records have them."""
+    form, cells = TABLES[key][1], []
+    for name, record in records.items():
+        errors = by_multiple(record, key, "error")
+        for at, x in by_multiple(record, key).items():
+            error = f" ± {form.format(errors[at])}" if errors else ""
+            cells.append(((name,), at, form.format(x) + error))
+    return cells
 
 
 def table(records, key=None, task=""):
@@ -78,10 +93,18 @@ def table(records, key=None, task=""):
     if key in ("exact", "loss"):
         counts = sorted({record["windows"] for record in records.values()})
         title += f", {' or '.join(map(str, counts))} window{'s' * (counts != [1])}{crossed(records)}"
+    if key == "key":
+        title += f", of {' or '.join(sorted({marked(record) for record in records.values()}))}"
     if key == "loss":
-        held = {name: holds_to(record) for name, record in records.items()}
-        cells += [((name,), "holds to", f"{at:.3g} T" if at else "") for name, at in held.items()]
+        for column, measure in (("not broken to", not_broken_to), ("uses to", uses_to)):
+            found = {name: measure(record) for name, record in records.items()}
+            cells += [((name,), column, f"{at:.3g} T") for name, at in found.items() if at is not None]
     return pivot([title], cells)
+
+
+def marked(record):
+    """How many key tokens a record is of, and who marked them."""
+    return f"{record['key']['tokens']} that {record['key']['evaluator']} marked"
 
 
 def crossed(records):
@@ -92,9 +115,8 @@ def crossed(records):
 
 
 def tables(records):
-    """Every one of the TABLES that all records have numbers for, with an empty line between two."""
-    keys = [key for key in TABLES if all(by_multiple(record, key) for record in records.values())]
-    parts = [table(records, key) for key in keys]
+    """Every one of the TABLES that all of {name: record} have, with an empty line between two."""
+    parts = [table(records, key) for key in TABLES if has(records, key)]
     parts += [table(of_task(records, task), "exact", task) for task in tasks_of(records)]
     return [line for part in parts for line in ("", *part)][1:]
 
@@ -110,16 +132,24 @@ def of_task(records, task):
     return {name: record["tasks"][task] for name, record in records.items()}
 
 
-def holds_to(record):
-    """The largest length, in T, up to which perplexity is at most HOLDS times that at T wherever it was measured; None
+def not_broken_to(record):
+    """The largest length, in T, up to which perplexity is at most BROKEN times that at T wherever it was measured; None
     where T was not."""
     T, held = record["train_length"], None
     loss = dict(zip(record["lengths"], record["loss"], strict=True))
     for length in (length for length in loss if length >= T and T in loss):
-        if loss[length] > loss[T] + math.log(HOLDS):
+        if loss[length] > loss[T] + math.log(BROKEN):
             break
         held = length / T
     return held
+
+
+def uses_to(record):
+    """The largest distance, in T, up to which an earlier passage saves more than NOISE standard errors wherever that
+    was measured; 0 where there is none, None where nothing was measured."""
+    gains, errors = by_multiple(record, "gain"), by_multiple(record, "gain", "error")
+    used = itertools.takewhile(lambda at: gains[at] > NOISE * errors[at], gains)
+    return max(used, default=0) if gains else None
 
 
 # Runs of several seeds.
@@ -176,28 +206,41 @@ def ratio_table(records):
 # Pictures.
 
 
-def picture(path, records, seeds=()):
-    """Loss, or exact match, of {name: record} against the length of the context, as a PNG. seeds: {name: [record of
-    each seed]}, drawn as bands."""
-    key = headline(records)
-    label = {"exact": "exact match", "loss": "loss (nats per token)"}[key]
-    series = {name: curve(record, key) for name, record in records.items()}
-    for name in seeds:
-        columns = list(zip(*(curve(record, key)[1] for record in seeds[name]), strict=True))
-        series[name] = *series[name], list(map(min, columns)), list(map(max, columns))
-    report.lines(path, series, "context / training length", label, log_x=True, mark_x=1)
+# Of the TABLES that are drawn: what stands beside the axis.
+LABELS = {
+    "exact": "exact match",
+    "loss": "loss (nats per token)",
+    "gain": "nats saved by an earlier passage",
+    "key": "loss (nats per key token)",
+    "entropy": "entropy of attention (nats)",
+    "first": "attention on the first token",
+}
+FILES = {"gain": "gain.png", "key": "key.png", "entropy": "attention.png", "first": "first.png"}
 
 
-def curve(record, key):
-    """([multiple of T, ...], [number, ...]) of one of the TABLES."""
-    numbers = by_multiple(record, key)
-    return list(numbers), list(numbers.values())
+def picture(path, records, seeds=(), key=None):
+    """One of the TABLES, by default the headline, of {name: record} that have its numbers, as a PNG. Bands are standard
+    errors or, with seeds, {name: [record of each seed]}, from the least to the largest."""
+    key, series = key or headline(records), {}
+    for name, record in records.items():
+        if numbers := by_multiple(record, key):
+            errors = by_multiple(record, key, "error")
+            columns = [by_multiple(one, key) for one in seeds[name]] if seeds else [
+                {at: x + side * errors[at] for at, x in numbers.items()} for side in (-1, 1) if errors
+            ]  # fmt: skip
+            bands = [[ends(column[at] for column in columns) for at in numbers] for ends in (min, max) if columns]
+            series[name] = list(numbers), list(numbers.values()), *bands
+    label = "distance / training length" if key == "gain" else "context / training length"
+    if series:
+        report.lines(path, series, label, LABELS[key], log_x=True, mark_x=1)
 
 
 def pictures(folder, records, seeds=()):
     """length.png, and what else {name: record} have numbers for, into the folder."""
     picture(folder / "length.png", records, seeds)
-    by_position, spread = {}, {}
+    for key, file in FILES.items():
+        picture(folder / file, records, seeds, key)
+    by_position = {}
     for name, record in records.items():
         if "map" in record:
             file = f"passkey-{report.slug(name)}.png" if len(records) > 1 else "passkey.png"
@@ -205,17 +248,12 @@ def pictures(folder, records, seeds=()):
         if "by_position" in record:
             middles, loss = record["by_position"]["position"], record["by_position"]["loss"]
             by_position[name] = [middle / record["train_length"] for middle in middles], loss
-        if by_multiple(record, "entropy"):
-            spread[name] = curve(record, "entropy")
     for task in tasks_of(records):
         of_seeds = {name: [record["tasks"][task] for record in seeds[name]] for name in seeds}
         picture(folder / f"exact-{task}.png", of_task(records, task), of_seeds)
     if by_position:
         labels = "position / training length", "loss (nats per token)"
         report.lines(folder / "position.png", by_position, *labels, mark_x=1)
-    if spread:
-        labels = "context / training length", "entropy of attention (nats)"
-        report.lines(folder / "attention.png", spread, *labels, log_x=True, mark_x=1)
 
 
 def is_whole(record):
@@ -230,7 +268,7 @@ def check_folder(folder):
     """ValueError where pages or pictures in the folder would be overwritten that no earlier call of ours has left, even
     one that was killed before its last file."""
     page = folder / "results.md"
-    ours = any((folder / name).exists() for name in ("results.json", "length.json", "frequencies.json"))
+    ours = any((folder / f"{name}.json").exists() for name in ("results", "length", "frequencies", "key_tokens"))
     ours = ours or (page.is_file() and b"\nMade by `python" in page.read_bytes())
     others = [] if ours else sorted(file.name for file in folder.glob("*") if file.suffix in (".md", ".png", ".json"))
     require(not others, f"--out_dir={folder} holds other files ({', '.join(others[:3])}); choose another folder")

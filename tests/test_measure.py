@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from small import CPU, dataset
+from small import CPU, Copier, dataset
 
 import data
 from core import cache, measure
@@ -193,28 +193,6 @@ def test_a_window_and_the_training_length_of_another_run():
     own = [model(window[:, begin : begin + 8])[:, -1].log_softmax(-1) for begin in (55, 56)]
     nats = -sum(p.gather(1, window[:, i + 63 : i + 64]).sum().item() for i, p in enumerate(own)) / 8
     assert windowed[1] == pytest.approx(nats, rel=1e-6)  # one layer: the last 8 tokens are all there is
-
-
-class Copier(torch.nn.Module):
-    """Stands for a model that copies: what stood `period` tokens before gets probability 3/4, the other V - 1 tokens
-    share the rest; without that much context all are equal."""
-
-    bounded = False
-
-    def __init__(self, period, vocab_size, train_length):
-        super().__init__()
-        self.config, self.max_length = GPTConfig(train_length=train_length, vocab_size=vocab_size), math.inf
-        self.period = period
-
-    def forward(self, tokens, targets=None, past=None, last=None):
-        before = past.layers.get(0, tokens[:, :0])
-        seen = past.layers[0] = torch.cat((before, tokens), dim=1)
-        if targets is None:
-            return None
-        place = torch.arange(seen.shape[1] - targets.shape[1], seen.shape[1]) + 1 - self.period
-        guess, V = seen[:, place.clamp(min=0)], self.config.vocab_size
-        p = torch.where(guess == targets, 0.75, 0.25 / (V - 1))
-        return -torch.where(place >= 0, p, 1 / V).log()
 
 
 def test_a_model_that_copies_has_the_loss_computed_by_hand():
