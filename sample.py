@@ -158,8 +158,8 @@ def repeated(ids, n=4):
 
 
 def far_context(model, ids, T, options, place):
-    """ids (1, N) -> [the loss of each after the first with all of the context that it was drawn from, less its loss with
-    at most T tokens of that]."""
+    """ids (1, N) -> [the loss of each after the first with all of the context that it was drawn from, less its loss
+    with at most T tokens of that]."""
     reading = dict(window=options.window or None, sinks=options.sinks, log_n=options.log_n)
     whole = token_losses(model, ids, ids.shape[1] - 1, place, **reading)
     return (whole - windowed_losses(model, ids, T, max(1, T // 2), place, **reading))[0].tolist()

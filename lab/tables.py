@@ -30,6 +30,7 @@ TABLES = {
     "bits_per_byte": ("bits per byte, windows apart", "{:.3f}", ["bits_per_byte"], SAME),
     "entropy": ("entropy of attention, nats", "{:.2f}", ["attention", "entropy"], SAME),
     "first": ("attention on the first token", "{:.1%}", ["attention", "first"], SAME),
+    "far": ("attention T tokens back or more", "{:.1%}", ["attention", "far"], SAME),
 }
 
 
@@ -214,8 +215,9 @@ LABELS = {
     "key": "loss (nats per key token)",
     "entropy": "entropy of attention (nats)",
     "first": "attention on the first token",
+    "far": "attention T tokens back or more",
 }
-FILES = {"gain": "gain.png", "key": "key.png", "entropy": "attention.png", "first": "first.png"}
+FILES = {"gain": "gain.png", "key": "key.png", "entropy": "attention.png", "first": "first.png", "far": "far.png"}
 
 
 def picture(path, records, seeds=(), key=None):
