@@ -7,7 +7,6 @@ table goes through `pivot`.
 """
 
 import functools
-import itertools
 import math
 import statistics
 
@@ -16,7 +15,7 @@ from core.errors import require
 from lab import passkey
 
 BROKEN = 1.05  # a length breaks a model if its perplexity is more than so many times that at T
-NOISE = 2  # a gain is above its noise if it is more than so many times its standard error
+NOISE = 3  # standard errors that a gain exceeds by chance once in 740 times, so once in some 90 tables of 8 distances
 SAME = float  # a number stands in its table as the record has it
 
 # key: (title of its table, how its numbers are written, where a record has them, what is made of each)
@@ -146,11 +145,10 @@ def not_broken_to(record):
 
 
 def uses_to(record):
-    """The largest distance, in T, up to which an earlier passage saves more than NOISE standard errors wherever that
-    was measured; 0 where there is none, None where nothing was measured."""
+    """The largest distance, in T, at which an earlier passage saves more than NOISE standard errors; 0 where there is
+    none, None where nothing was measured. Those of means over seeds are means too, and so too large."""
     gains, errors = by_multiple(record, "gain"), by_multiple(record, "gain", "error")
-    used = itertools.takewhile(lambda at: gains[at] > NOISE * errors[at], gains)
-    return max(used, default=0) if gains else None
+    return max((at for at in gains if gains[at] > NOISE * errors[at]), default=0) if gains else None
 
 
 # Runs of several seeds.

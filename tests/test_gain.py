@@ -60,7 +60,7 @@ def test_a_copier_gains_at_its_own_distance_alone():
     measured = record(Copier(16, V, T), NUMBERED)
     wrong = -math.log(0.25 / (V - 1))  # what it loses where it copies another passage
     assert measured["gain"]["gain"] == pytest.approx([0, 0, 0, wrong - SURE, 0, 0, 0, 0], rel=1e-6)
-    assert tables.uses_to(measured) == 0
+    assert tables.uses_to(measured) == 1
 
 
 def test_a_uniform_model_gains_nothing():
@@ -94,12 +94,12 @@ def test_the_noise_of_a_gain_is_its_standard_error():
     assert gain.standard_error(torch.tensor([1.0, 2.0, 3.0])).item() == pytest.approx(1 / math.sqrt(3))
     assert gain.standard_error(torch.tensor([-2.0])).item() == 2
     measured = {"train_length": 10, "lengths": [10], "gain": {"distances": [5, 10, 20, 40]}}
-    measured["gain"] |= {"gain": [0.3, 0.21, 0.19, 9.0], "error": [0.1] * 4}
-    assert tables.uses_to(measured) == 1  # what comes back later does not count
+    measured["gain"] |= {"gain": [0.2, 0.31, 0.29, -0.5], "error": [0.1] * 4}
+    assert tables.uses_to(measured) == 1  # three errors are noise still
     assert tables.uses_to({"train_length": 10, "lengths": [10]}) is None
     lines = tables.table({"a": measured}, "gain")
     assert lines[0] == "| nats saved by the same passage, so far back | 0.5 T | 1 T | 2 T | 4 T |"
-    assert lines[2] == "| a | 0.300 ± 0.100 | 0.210 ± 0.100 | 0.190 ± 0.100 | 9.000 ± 0.100 |"
+    assert lines[2] == "| a | 0.200 ± 0.100 | 0.310 ± 0.100 | 0.290 ± 0.100 | -0.500 ± 0.100 |"
 
 
 # Key tokens.
