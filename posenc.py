@@ -38,6 +38,7 @@ class NoPE(Encoding):
     """
 
     name = "none"
+    standing = "alive"
     relative = True
     positionless = True
 
@@ -52,6 +53,7 @@ class Sinusoidal(Encoding):
     """
 
     name = "sinusoidal"
+    standing = "control"
     arguments = {"base": 10000.0}
     shared = True
 
@@ -74,6 +76,7 @@ class Learned(Encoding):
     """
 
     name = "learned"
+    standing = "history"
     arguments = {"overflow": ("error", "clamp", "interpolate"), "factor": 8.0}
     forms = {"overflow": {"interpolate": ("factor",)}}
     shared = True
@@ -118,6 +121,7 @@ class T5(Encoding):
     """
 
     name = "t5"
+    standing = "control"
     arguments = {"buckets": 32, "max_distance": 128, "bidirectional": False}
     shared = True
     relative = True
@@ -157,11 +161,10 @@ class ALiBi(Encoding):
     the loss stays flat: far keys have faded out already, which is also why it gains little from a longer context;
     heads without a slope see far, and spread. Traps: the bias is not divided by sqrt(D), and bfloat16 would merge most
     of its values; NAPE's authors sharpen the heads without slopes alone, and a temper here sharpens all.
-
-    In 2026 it is a control: papers print it because it stays stable.
     """
 
     name = "alibi"
+    standing = "control"
     arguments = {"slopes": ("authors", "paper", "harmonic"), "heads": 1.0}
     relative = True
     variants = ('alibi(slopes="harmonic", heads=0.5)',)
@@ -230,6 +233,7 @@ class RoPE(Encoding):
     """
 
     name = "rope"
+    standing = "alive"
     arguments = {
         "base": 10000.0, "fraction": 1.0, "dims": 0,
         "scaling": ("none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"), "factor": 8.0,

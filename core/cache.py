@@ -9,7 +9,7 @@ from torch import Tensor
 from core.additions import BY_POSITION, factor
 from core.attention import visible
 from core.encoding import ALL, Pairs, Sight
-from core.errors import UserError, require
+from core.errors import require
 
 WHOLE, PIECE = 1 << 14, 512  # tokens that enter an empty cache at once, and one that holds some
 
@@ -274,10 +274,8 @@ class Call:
         There are two where a window has sinks: relative encodings meet those as if they lay just before the window
         (Xiao et al. 2023, StreamingLLM). At their true distance they would be farther than training showed.
         """
-        if self.band is not None and encoding.unbroken:
-            raise UserError(
-                f"{encoding.name} reads all tokens between a key and its query: it has no sinks; leave them out"
-            )
+        if self.band is not None:
+            encoding.check_sinks()
         (q, k, v), T = qkv, len(self.pos)
         i, j = (encoding.positions(pos, self.length) for pos in (self.pos, self.k_pos))
         state = self.state(encoding, layer, x) if encoding.has_state else {}

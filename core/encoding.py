@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from core.errors import brief, nearest, require
+from core.errors import UserError, brief, nearest, require
 
 ENCODINGS = {}  # name -> class
 
@@ -102,6 +102,7 @@ class Encoding(nn.Module):
     """
 
     name = None  # the flag's value
+    standing = ""  # in 2026: "alive", a "control" that papers still print beside theirs, or "history"
     arguments = {}
     forms = {}  # argument that chooses a form -> {form: the arguments that this form reads, of those that not all read}
     nested = ()  # arguments that are values of the flag themselves
@@ -250,6 +251,12 @@ class Encoding(nn.Module):
         """Values (B, H_kv, S, D) at positions pos (S,), transformed as they enter the cache; or `back`, the output of
         attention (B, H, T, D) at the queries' positions. Called where `turns_values` is set."""
         return v
+
+    def check_sinks(self):
+        """UserError where sinks, which lie far before a window, would leave out tokens that it reads."""
+        if self.unbroken:
+            why = "reads all tokens between a key and its query: it has no sinks; leave them out"
+            raise UserError(f"{self.name} {why}")
 
     def require(self, condition, message):
         if not condition:

@@ -140,10 +140,8 @@ class Reading:
 
     def check_model(self, model):
         """UserError where these options do not go with the model."""
-        unbroken = [encoding.name for encoding in model.posenc if encoding.unbroken]
-        if self.sinks and unbroken:
-            why = "reads all tokens between a key and its query: it has no sinks; leave them out"
-            raise UserError(f"{unbroken[0]} {why}")
+        for encoding in model.posenc if self.sinks else ():
+            encoding.check_sinks()
         tempers = sorted({block.attn.temper_kind for block in model.blocks} - {"none"})
         if self.log_n and tempers:
             raise UserError(f"--log_n is a temper, and the model was trained with {', '.join(tempers)}: leave it out")

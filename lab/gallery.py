@@ -24,8 +24,10 @@ import posenc
 from core import flags as configs
 from core import place as places
 from core import report, runs
+from core.attention import ready
 from core.encoding import Pairs
 from core.errors import require, require_range, run
+from core.measure import long_windows
 from core.settings import Config
 from data import vocabulary
 from lab import tables
@@ -35,6 +37,8 @@ from posenc import ENCODINGS
 
 MULTIPLES = (1, 2, 4, 8, 16)  # of the training length
 SEEN = 4  # training lengths that a picture spans
+TEXTS = 3  # whose curves stand in a picture of what an encoding does by content
+BY_CONTENT = ("zoo.content", "zoo.paths")  # the chapters whose encodings read the text
 NOTHING = -30  # a logit so far below others gets no weight; lower ones are drawn here
 DPI = 75
 
@@ -124,6 +128,43 @@ def probe(encoding, length, count=64):
 
 
 @torch.no_grad()
+def by_content(model, windows):
+    """What the first layer's encoding does to the logits of the last query of several texts (N, L), over the distance:
+    (N, H, L), less the logits q k / sqrt(D) without it; or the logarithms of weights that are no softmax, of which the
+    query's own key has what is left.
+
+    Where it keeps something for each token, all keys are the query itself, so that the text between speaks alone.
+    """
+    found = {}
+
+    def watch(layer, encoding, new, pairs):
+        found.setdefault("first", (encoding, new, pairs))
+
+    model(windows, last=1, watch=watch)
+    encoding, new, pairs = found["first"]
+    last, groups = windows.shape[1] - 1, new.q.shape[1] // new.k.shape[1]
+    if encoding.has_state:
+        new = replace(new, k=new.q[:, ::groups, last:].expand_as(new.k))
+        q, k = encoding.rotate(new)
+        pairs = replace(pairs, q=q, k=k)
+    one = ready(pairs.rows(last, last + 1, slice(None)))
+    plain = new.q[:, :, last:] @ new.k.repeat_interleave(groups, 1).transpose(-2, -1) * encoding.head_dim**-0.5
+    logits = encoding.logits(one)
+    logits = encoding.weights(logits, [one]).log() if encoding.weighs else logits - plain
+    return logits[:, :, 0].flip(-1)
+
+
+def content_picture(path, model, windows, T):
+    """Draw `by_content` into a PNG, for the head in which the texts differ most."""
+    changes = by_content(model, windows).clamp(min=NOTHING)
+    head = int(changes.std(0).mean(-1).argmax())
+    first, distance = int(model.posenc[0].weighs), (torch.arange(changes.shape[-1]) / T).tolist()
+    curves = {f"text {n}": (distance[first:], row[head, first:].tolist()) for n, row in enumerate(changes, start=1)}
+    label = "logarithm of the weight" if model.posenc[0].weighs else "change of the logit"
+    report.lines(path, curves, "distance / T", f"{label}, head {head + 1}", mark_x=1, dpi=DPI)
+
+
+@torch.no_grad()
 def picture(path, encoding, T):
     """Draw what the encoding does into a PNG."""
     length = int(min(SEEN * T, encoding.max_length))
@@ -146,7 +187,7 @@ def picture(path, encoding, T):
 
 
 def page(config, pictures):
-    """The Markdown of docs/encodings.md."""
+    """The Markdown of docs/encodings.md. pictures: {spec: [path, ...]}."""
     T = config.train_length
     lines = [
         "# Every encoding: formula, picture, facts",
@@ -161,22 +202,26 @@ def page(config, pictures):
         "",
         f"The pictures span {SEEN} T, with a dashed line at T. They show, for the first layer of each model, how the",
         "logits of the last query change over keys that are all equal (the mean of random vectors); or what is added.",
-        "Where the weights are no softmax, their logarithm stands for the logits.",
+        "Where the weights are no softmax, their logarithm stands for the logits. An encoding that goes by the content",
+        f"has a second picture, of the same for {TEXTS} texts of the validation set and the head in which they differ",
+        "most: over their own keys, or where the encoding keeps something of each token, over keys equal to the query.",
     ]
     for name, cls in ENCODINGS.items():
         lines += ["", f"## {name}", "", inspect.cleandoc(cls.__doc__)]
-        for spec, path in pictures.items():
+        lines += ["", f"Its standing in 2026: {cls.standing}."] if cls.standing else []
+        for spec, paths in pictures.items():
             if posenc.parse(spec)[0] is cls:
-                lines += ["", f"`{spec}`", "", f"![{spec}]({path})"]
+                lines += ["", f"`{spec}`", "", *(f"![{spec}]({path})" for path in paths)]
     return lines
 
 
 def table(rows):
-    """[(name, parameters, (training, decoding) as `speeds` has them or (), record)] -> lines of the page's table."""
-    heads = ["encoding", "parameters", "training speed / none", "decoding at 16 T, ms/token"]
+    """[(name, standing, parameters, (training, decoding) as `speeds` has them or (), record)] -> lines of the page's
+    table."""
+    heads = ["encoding", "in 2026", "parameters", "training speed / none", "decoding at 16 T, ms/token"]
     cells = []
-    for name, parameters, speed, record in rows:
-        labels = name, f"{parameters:,}", *([f"{number:.2f}" for number in speed] or ["", ""])
+    for name, standing, parameters, speed, record in rows:
+        labels = name, standing, f"{parameters:,}", *([f"{number:.2f}" for number in speed] or ["", ""])
         cells += [(labels, at, f"{nats:.3f}") for at, nats in tables.by_multiple(record, "loss").items()]
     return tables.pivot(heads, cells, "loss at {:g} T")
 
@@ -192,13 +237,19 @@ def main(argv):
 
     records = learn(specs, argv, place, options)
     measured, rows, pictures = speeds(specs, options, place), [], {}
+    dataset = data.open_dataset(options, vocabulary.load(options.tokenizer))
+    windows = long_windows(dataset, SEEN * options.train_length, 1, TEXTS)
     pairs = [(spec, spec) for spec in specs] + [(base, spec) for base in specs for spec in stretches(base)]
     for base, spec in pairs:
         model = runs.open_run(Path(options.runs_dir) / report.slug(base), "cpu", spec).model
         name, speed = (spec, measured[spec]) if base == spec else (f"{base} → {spec}", ())
-        rows.append((name, sum(p.numel() for p in model.posenc.parameters()), speed, records[base][spec]))
-        pictures[spec] = f"encodings/{report.slug(spec)}.png"
-        picture(docs / pictures[spec], model.posenc[0], options.train_length)
+        first, parameters = model.posenc[0], sum(p.numel() for p in model.posenc.parameters())
+        rows.append((name, type(first).standing, parameters, speed, records[base][spec]))
+        pictures[spec] = [f"encodings/{report.slug(spec)}.png"]
+        picture(docs / pictures[spec][0], first, options.train_length)
+        if type(first).__module__ in BY_CONTENT:
+            pictures[spec].append(f"encodings/{report.slug(spec)}-texts.png")
+            content_picture(docs / pictures[spec][1], model, torch.from_numpy(windows[:, 1:]), options.train_length)
     lines = table(rows)
     print("\n".join(lines))
     command = shlex.join(["python", "-m", "lab.gallery", *argv])

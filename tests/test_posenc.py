@@ -322,3 +322,18 @@ def test_the_class_in_the_readme_is_a_new_flag():
         assert make("slope").distance_bias(torch.arange(5)).shape == (4, 5)
     finally:
         del ENCODINGS["slope"]
+
+
+def test_the_readme_says_of_every_encoding_whether_it_is_alive():
+    readme = (Path(posenc.__file__).parent / "README.md").read_text(encoding="utf-8")
+    rows = [
+        line.split("|")[2:-1] for line in readme[readme.index("| where it acts") :].split("\n\n")[0].splitlines()[2:]
+    ]
+    said = {
+        name: standing
+        for row in rows
+        for cell, standing in zip(row, ("alive", "control", "history"), strict=True)
+        for name in re.findall(r"`(\w+)", cell)
+        if name in ENCODINGS
+    }
+    assert said == {name: cls.standing for name, cls in ENCODINGS.items()}

@@ -26,6 +26,7 @@ class Fourier(Encoding):
     """
 
     name = "fourier"
+    standing = "history"
     shared = True
 
     def setup(self):
@@ -59,6 +60,7 @@ class Recurrent(Encoding):
     """
 
     name = "recurrent"
+    standing = "history"
     arguments = {"form": ("learned", "linear"), "base": 10000.0}
     max_length = 1 << 20
     way_out = "its table has a row for each of them, made one after the other; attend to a window of text with --crop"
@@ -110,6 +112,7 @@ class FeedForwardPE(Encoding):
     """
 
     name = "ffn"
+    standing = "history"
     arguments = {"base": 10000.0}
     shared = True
 

@@ -25,6 +25,7 @@ class ScaledBias(Encoding):
     """
 
     name = "scaled_bias"
+    standing = "history"
     relative = True
 
     def setup(self):
@@ -46,6 +47,7 @@ class Kerple(Encoding):
     """
 
     name = "kerple"
+    standing = "history"
     arguments = {"form": ("log", "power")}
     relative = True
     variants = ('kerple(form="power")',)
@@ -79,6 +81,7 @@ class FIRE(Encoding):
     """
 
     name = "fire"
+    standing = "history"
     arguments = {"width": 32, "c": 0.1, "L": 1.0}
     variants = ("fire(L=0.25)",)
 
@@ -113,11 +116,10 @@ class ScaleInvariant(RoPE):
     p-RoPE that its authors train with it, `base` and `fraction` being rope's, and fraction=0 leaves it alone. Past T
     its loss is flat in their table, and so is retrieval. Trap: the variance of S is one with `--qk_norm`, and
     anything without; then a and m do not belong to each other.
-
-    In 2026 it is alive.
     """
 
     name = "scale_invariant"
+    standing = "alive"
     arguments = RoPE.arguments | {"base": 1024.0, "fraction": 0.5, "tau": 10.0}
     variants = ("scale_invariant(fraction=0)",)
     stretches = ()
@@ -145,6 +147,7 @@ class Sandwich(Encoding):
     """
 
     name = "sandwich"
+    standing = "history"
     arguments = {"dims": 128, "base": 10000.0}
     shared = True
     relative = True

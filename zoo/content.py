@@ -26,10 +26,11 @@ class Shaw(Encoding):
     Shared by the heads of a layer; 2 (K + 1) D parameters a layer, as causal attention meets one direction only.
     Queries meet the table and not a T x T x D tensor of keys. Past T all far keys count as K away, a distance that
     training met all the time: the loss rises slowly, as attention spreads over more of them. `with_values=False`
-    leaves aV out. Trap: this clipped table is often sold as Transformer-XL's.
+    leaves aV out. Trap: this clipped table is often sold as Transformer-XL's. `inkling` is what became of it.
     """
 
     name = "shaw"
+    standing = "history"
     arguments = {"clip": 16, "with_values": True}
     relative = True
     variants = ("shaw(with_values=False)",)
@@ -64,6 +65,7 @@ class TransformerXL(Encoding):
     """
 
     name = "transformer_xl"
+    standing = "history"
     arguments = {"base": 10000.0}
     relative = True
 
@@ -99,11 +101,10 @@ class CoPE(Encoding):
     elements, so it is slow. It counts words or lines where the content says so. Past T the gates, summed over more
     keys, push far keys to the last row together, which training met: the loss rises slowly. Positions themselves
     are never used. Trap: another CoPE, Clipped RoPE (Li et al. 2026), is rope's `clip`.
-
-    In 2026 it is a control.
     """
 
     name = "cope"
+    standing = "control"
     positionless = True
     arguments = {"max_position": 64}
     chunk = 32
@@ -134,11 +135,10 @@ class FoX(Encoding):
     used. Traps: F in half precision loses the small differences that matter (float32 has them to F / 2^24, and
     F grows with the text); and sinks are forgotten like anything else. Cable (arXiv 2503.08067) is the same formula: it
     adds up -softplus(w x), which is ln sigmoid(-w x).
-
-    In 2026 it is alive.
     """
 
     name = "fox"
+    standing = "alive"
     positionless = True
     relative = True
 
@@ -165,11 +165,10 @@ class Inkling(Encoding):
     the model has 1024 over everything, and in layers with a window of 512 just that. A row past T would never be
     trained. It is meant for normalised queries and keys. Traps: the bias is not divided by sqrt(D), and the product of
     q and k by D there (qk_scale = 1/sqrt(D) here); and a temper sharpens the bias with it.
-
-    In 2026 it is alive.
     """
 
     name = "inkling"
+    standing = "alive"
     arguments = {"width": 16, "extent": 0}
     relative = True
 
@@ -199,11 +198,10 @@ class GrapeA(Encoding):
     parameters a layer. At first it is about alibi times 1.4. The cost is that of a few sums of B H T S elements. Past T
     far keys fade as in alibi, but no key can refuse to: the factor is never zero. Trap: half precision would merge
     slopes times distances, so both are in float32. A temper changes the queries, and with them the slopes.
-
-    In 2026 it is alive.
     """
 
     name = "grape_a"
+    standing = "alive"
     relative = True
 
     def setup(self):
@@ -240,6 +238,7 @@ class DAPE(Kerple):
     """
 
     name = "dape"
+    standing = "history"
     arguments = Kerple.arguments | {"width": 32}
     chunk = 64
     variants = ()
@@ -281,11 +280,10 @@ class StickBreaking(Encoding):
     as sums of logarithms in float32; costs the fused kernel. Past T more keys change nothing for a head that has spent
     its stick, so the loss stays flat. Traps: 1 minus the sum of the weights is rounding once the stick is short, where
     the sum of logarithms is exact; and a plain running product underflows, and has no gradient then.
-
-    In 2026 it is alive.
     """
 
     name = "stick_breaking"
+    standing = "alive"
     arguments = {"rest": ("own", "nowhere")}
     relative = True
     positionless = True  # The order of the keys is their nearness; positions only tell which one is the query's own.

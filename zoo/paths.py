@@ -26,10 +26,11 @@ class RePo(Encoding):
     number of keys: it rises as none does. The fused kernel stays. The authors leave the first 5 of 16 layers to rope,
     and tune a model that was trained with it, hence the base: `["rope", "repo", "repo", "repo"]`. Trap: a place
     says what a token is and not where, so one layer alone is as blind to order as none; it has to come from below, by
-    rope or the causal mask. In 2026 it is alive.
+    rope or the causal mask.
     """
 
     name = "repo"
+    standing = "alive"
     positionless = True
     relative = True
     arguments = {"base": 500000.0}
@@ -62,10 +63,11 @@ class SelectiveRoPE(Encoding):
     once, so the fused kernel stays. Past T the loss rises as rope's does: phases have a mean, and the slow pairs reach
     sums that training never showed. Traps: the sum is in float32 at least, as a text of 10^5 tokens turns far; and
     without the convolution the authors' code takes differences of phi, whose sum is phi_t itself, which is repo's idea
-    and not this one. Mamba-3 has the same rotation. In 2026 it is alive.
+    and not this one. Mamba-3 has the same rotation.
     """
 
     name = "selective_rope"
+    standing = "alive"
     positionless = True
     relative = True
     arguments = {"base": 500000.0, "rank": 16, "taps": 4, "gate": False, "bias": False}
@@ -109,10 +111,11 @@ class Wall(Encoding):
     query, those within it by halves, the second half of a block asking the first, down to single tokens. That holds
     for any gates. All is computed in float32 at least; the cache holds P, as wide as the keys of all heads. Past T
     what the gates let go is gone, and what they keep spreads over more keys: the loss rises slowly. Trap: logits shrink
-    to 0 and not to minus infinity, so what has faded is averaged over and not hidden. In 2026 it is alive.
+    to 0 and not to minus infinity, so what has faded is averaged over and not hidden.
     """
 
     name = "wall"
+    standing = "alive"
     positionless = True
     relative = True
     arguments = {"bias": 8.0, "forget": False}
@@ -160,10 +163,11 @@ class PaTH(Encoding):
     has them, would need one product; none here are rewritten.) Under a window there are no sinks, as what lies between
     is lost. `forget` is PaTH-FoX: fox's gate is added, and divided by sqrt(D) with the rest, as in the authors' code.
     Reflections can track states that attention alone cannot. Past T far keys are scattered and not hidden, so the loss
-    rises slowly unless they are forgotten, which keeps it flat. In 2026 it is alive.
+    rises slowly unless they are forgotten, which keeps it flat.
     """
 
     name = "path"
+    standing = "alive"
     unbroken = True
     positionless = True
     relative = True

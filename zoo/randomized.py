@@ -30,11 +30,10 @@ class Randomized(Encoding):
 
     Neighbours stay one apart, but for one gap, so every distance below L is met and those within a sentence are as
     they were. The authors also take the text behind the gap from further on in its document; here it follows on.
-
-    In 2026 it is history, and PoSE a control.
     """
 
     name = "randomized"
+    standing = "history"
     arguments = {"inner": "rope", "length": 0, "form": ("uniform", "pose")}
     nested = ("inner",)
     by_length = True  # another length of the context is another stride

@@ -29,7 +29,8 @@ class XPos(RoPE):
     as q zeta^(i/512) and k zeta^(-j/512). No parameters; the fused kernel stays. Past T the decay softens what rope
     breaks, at long distances only: 512 is four default training lengths. Traps: those powers overflow (float16 at
     position 4,532), so exponents count from the middle of the queries of a call, and the cache holds plain keys, whose
-    scale is never stale; and (1 + i/512)^-1 in place of zeta^(i/512) is not a function of i - j at all.
+    scale is never stale; and (1 + i/512)^-1 in place of zeta^(i/512) is not a function of i - j at all. `wall` has the
+    same decay, from content.
 
     In float16 queries and keys are scaled, and the logits computed, in float32. That holds for 65,000 queries at once,
     after any number of keys. Another `scale_base` or `gamma` that holds for fewer than the 16,384 which enter a cache
@@ -37,6 +38,7 @@ class XPos(RoPE):
     """
 
     name = "xpos"
+    standing = "history"
     arguments = {key: value for key, value in RoPE.arguments.items() if key != "dims"}
     arguments |= {"gamma": 0.4, "scale_base": 512.0}
     dims = 0  # all of them
@@ -81,11 +83,10 @@ class PoPE(Encoding):
     still divided by sqrt(D) and not sqrt(2D); theirs turns keys by d, and here queries turn back, which is the same
     where each head has keys of its own, and serves heads that share them; a temper multiplies what comes out, as
     softplus(f q) is not f softplus(q), but qk_scale acts inside.
-
-    In 2026 it is alive.
     """
 
     name = "pope"
+    standing = "alive"
     arguments = {"base": 10000.0, "start": ("zero", "uniform")}
     relative = True
 
@@ -121,11 +122,10 @@ class ReRoPE(RoPE):
     For a trained rope model, at test time: `--posenc=rerope`. `window` w is T/2 unless given. No distance past T is
     ever met, so the loss stays near its value at T; all far keys look equally far. Costs two products of queries
     and keys and the fused kernel.
-
-    In 2026 it is history.
     """
 
     name = "rerope"
+    standing = "history"
     arguments = RoPE.arguments | {"window": 0, "leak": 0.0}
     variants = ()
     stretches = ()
@@ -169,11 +169,10 @@ class SelfExtend(ReRoPE):
     For a trained rope model, at test time: `--posenc=self_extend`. `window` w is T/2 unless given; distances stay
     below T up to a context of w + (T - w) G, 16.5 T for the default `group` G. Costs what ReRoPE costs. Trap:
     rounding i and j down each by itself makes it not quite a function of i - j.
-
-    In 2026 it is history.
     """
 
     name = "self_extend"
+    standing = "history"
     arguments = RoPE.arguments | {"window": 0, "group": 32}
     relative = False
     leak = 0.0
@@ -200,10 +199,11 @@ class DCA(ReRoPE):
     tokens it is rope. Past T the loss rises slowly, as rerope's does: of a far key it knows the place within its chunk,
     and not which chunk. Trap: it is no function of i - j.
 
-    In 2026 it is alive: Qwen2.5-1M's configuration asks for it.
+    Qwen2.5-1M's configuration asks for it.
     """
 
     name = "dca"
+    standing = "alive"
     arguments = RoPE.arguments | {"chunk_len": 0, "window": 0}
     relative = False
     leak = 0.0
@@ -233,11 +233,10 @@ class STRING(ReRoPE):
     from s - 1 to w, so that two distances share an angle, and for w = 0 the key at s would look like the query's own;
     the authors' code for whole texts meets that key twice. Theirs for Llama also multiplies cos and sin by .1 ln 2 + 1;
     theirs for Qwen2 does not, nor does this.
-
-    In 2026 it is a control.
     """
 
     name = "string"
+    standing = "control"
     arguments = RoPE.arguments | {"window": 0, "local": 0}
     leak = 0.0
 
