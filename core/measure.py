@@ -128,13 +128,13 @@ def last_losses(model, windows, scored, place, bar, **reading):
     return torch.cat(losses)
 
 
-def target_losses(model, targets, length, place, bar, **reading):
+def target_losses(model, drawn, length, place, bar, **reading):
     """(N, scored) nats of Targets, with the `length` tokens before the last of each block as input. Where these are
     less than two blocks, blocks are scored in parts, so that every target has half of `length` before it or more."""
-    scored, size, parts = targets.scored, max(1, min(targets.scored, length // 2)), []
+    scored, size, parts = drawn.scored, max(1, min(drawn.scored, length // 2)), []
     for begin in range(0, scored, size):
         end = min(begin + size, scored)
-        parts.append(last_losses(model, targets.windows(length, scored - end), end - begin, place, bar, **reading))
+        parts.append(last_losses(model, drawn.windows(length, scored - end), end - begin, place, bar, **reading))
     return torch.cat(parts, dim=1)
 
 

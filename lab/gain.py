@@ -44,7 +44,8 @@ def repeats(model, dataset, place, count, T=0, **reading):
     T = T or model.config.train_length
     drawn, size = targets(dataset, T, count), len(dataset.val)
     scored, away = drawn.scored, replace(drawn, ends=(drawn.ends + size // 2) % size)
-    lengths = {max(scored, round(T * far)): max(T, max(scored, round(T * far)) + scored) - 1 for far in DISTANCES}
+    distances = sorted({max(scored, round(T * far)) for far in DISTANCES})
+    lengths = {distance: max(T, distance + scored) - 1 for distance in distances}
     lengths = {distance: length for distance, length in lengths.items() if length <= min(size - 1, model.max_length)}
     passages = [part.windows(scored - 1) for part in (away, drawn)]
     found = {"distances": list(lengths), "other": [], "same": [], "gain": [], "error": []}

@@ -204,7 +204,6 @@ def ratio_table(records):
 
 # Pictures.
 
-
 # Of the TABLES that are drawn: what stands beside the axis.
 LABELS = {
     "exact": "exact match",
@@ -221,18 +220,25 @@ FILES = {"gain": "gain.png", "key": "key.png", "entropy": "attention.png", "firs
 def picture(path, records, seeds=(), key=None):
     """One of the TABLES, by default the headline, of {name: record} that have its numbers, as a PNG. Bands are standard
     errors or, with seeds, {name: [record of each seed]}, from the least to the largest."""
-    key, series = key or headline(records), {}
-    for name, record in records.items():
-        if numbers := by_multiple(record, key):
-            errors = by_multiple(record, key, "error")
-            columns = [by_multiple(one, key) for one in seeds[name]] if seeds else [
-                {at: x + side * errors[at] for at, x in numbers.items()} for side in (-1, 1) if errors
-            ]  # fmt: skip
-            bands = [[ends(column[at] for column in columns) for at in numbers] for ends in (min, max) if columns]
-            series[name] = list(numbers), list(numbers.values()), *bands
+    key = key or headline(records)
+    curves = {name: by_multiple(record, key) for name, record in records.items()}
+    series = {
+        name: (list(curve), list(curve.values()), *band(records[name], key, seeds[name] if seeds else []))
+        for name, curve in curves.items()
+        if curve
+    }
     label = "distance / training length" if key == "gain" else "context / training length"
     if series:
         report.lines(path, series, label, LABELS[key], log_x=True, mark_x=1)
+
+
+def band(record, key, of_seeds):
+    """[lows, highs] around the record's numbers in one of the TABLES, [] where nothing says how sure they are."""
+    numbers, errors = by_multiple(record, key), by_multiple(record, key, "error")
+    around = [by_multiple(one, key) for one in of_seeds]
+    if errors and not around:
+        around = [{at: numbers[at] + side * errors[at] for at in numbers} for side in (-1, 1)]
+    return [[end(one[at] for one in around) for at in numbers] for end in (min, max) if around]
 
 
 def pictures(folder, records, seeds=()):
