@@ -129,35 +129,35 @@ def shared_length(all_configs):
     return min([*before, *(config.original_length or config.train_length for config in all_configs)])
 
 
+def beside(name, key, task):
+    """The name, beside a page, of the picture of one of the tables in the folder `name`."""
+    own = f"{task}.png" if task else tables.file_of(key)
+    return f"{name}.png" if own == "length.png" else f"{name}-{own}"
+
+
 def write(by_seed, seeds, T, command, place, options):
     """{name: [record of each seed]} -> tables, picture and all figures in the folders that the options name."""
     out = Path(options.out_dir)
     means = {name: tables.mean(records) for name, records in by_seed.items()}
-    key = tables.headline(means)
-    lines = tables.tables(means)
-    for measured in (key, *(other for other in ("gain", "key") if tables.has(means, other))):
-        lines += ["", *tables.seeds_table(by_seed, seeds, measured)]
-    if key == "loss":
-        lines += ["", *tables.ratio_table(means)]
-    for task in tables.tasks_of(means):
-        of_task = {name: [record["tasks"][task] for record in records] for name, records in by_seed.items()}
-        lines += ["", *tables.seeds_table(of_task, seeds, "exact", task)]
+    lines, headlines = tables.tables(means), tables.headlines(means)
+    for key, task in headlines:
+        lines += ["", *tables.seeds_table(by_seed, seeds, key, task)]
+        if key == "loss":
+            lines += ["", *tables.ratio_table(means)]
     all_runs = {name: dict(zip(map(str, seeds), records, strict=True)) for name, records in by_seed.items()}
     commits = sorted({record["commit"] for records in by_seed.values() for record in records})
     said = {"seeds": ", ".join(map(str, seeds)), "measured at": ", ".join(commits)}
     for page in [out / "results.md", options.page] if options.docs else [out / "results.md"]:
         report.write_table(page, out.name, lines, command, place, **said)
     tables.pictures(out, means, by_seed)
-    drawn = {"length.png": f"{out.name}.png"}
-    drawn |= {file: f"{out.name}-{file}" for file in ("gain.png", "key.png") if (out / file).exists()}
-    drawn |= {f"exact-{task}.png": f"{out.name}-{task}.png" for task in tables.tasks_of(means)}
-    for own, beside in drawn.items() if options.docs else ():
-        with files.atomic(options.page.parent / beside, "wb") as file:
+    drawn = {tables.file_of(*kind): beside(out.name, *kind) for kind in headlines}
+    for own, shown in drawn.items() if options.docs else ():
+        with files.atomic(options.page.parent / shown, "wb") as file:
             file.write((out / own).read_bytes())
     made = {"command": command} | report.provenance(place)
     runs.write_record(out / "results.json", {"made": made, "train_length": T, "runs": all_runs})
-    print("\n".join(tables.table(means)))
-    print(f"all of it: {out}/results.md, results.json, length.png")
+    print("\n".join(tables.tables(means, tables.headlines)))
+    print(f"all of it: {out}/results.md, results.json, {', '.join(drawn)}")
 
 
 def main(argv):

@@ -5,8 +5,8 @@
 
 Measured are the loss of the same targets as the context grows (core/measure.py), what far context is worth
 (lab/gain.py), the usual perplexities and the loss by position (lab/perplexity.py), and how widely attention spreads
-(lab/spread.py); of a run that learned a task, how many examples it answers without a mistake. `--frequencies` takes the
-pairs of rope's rotations apart (lab/frequencies.py).
+(lab/spread.py); of every task that a run learned, how many examples it answers without a mistake. `--frequencies` takes
+rope's pairs apart (lab/frequencies.py).
 """
 
 import core.start  # noqa: F401  # isort: skip
@@ -22,11 +22,11 @@ from core import place as places
 from core import report, runs
 from core.errors import UserError, nearest, pasted, require, require_range, run
 from core.flags import Dtype, changed, flags, make
-from core.measure import MULTIPLES, exact_match, length_loss, reach, targets
+from core.measure import MULTIPLES, exact_match, length_loss, reach, record, targets
 from core.settings import Reading
 from data import vocabulary
 from lab import frequencies, gain, passkey, perplexity, spread
-from lab.tables import check_folder, is_whole, picture, pictures, table, tables
+from lab.tables import check_folder, file_of, headlines, is_whole, picture, pictures, tables
 from posenc import title
 
 
@@ -46,8 +46,8 @@ class Options(Reading):
     key_evaluator: str = ""  # a run trained on longer contexts: the loss of tokens that, it finds, need them
     frequencies: bool = False  # look at the pairs of rope's rotations instead: norms, shares of the logits, silencing
     out_dir: str = ""  # write results.json, results.md and the pictures into this folder
-    table: str = ""  # also write the first table to this Markdown file, with what made it
-    picture: str = ""  # also draw the curves into this PNG
+    table: str = ""  # also write the first tables, and those of tasks, to this Markdown file, with what made them
+    picture: str = ""  # also draw the curves into this PNG; of several tasks alone, those of the first
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,6 +105,11 @@ def open_runs(paths, options):
         raise UserError("--frequencies reads text, and some of these runs learned a task: name one with --data")
     if len(learned) > 1:
         raise UserError("some of these runs learned a task and some a text: exact match and loss do not compare them")
+    configs = [opened.config for opened in opened_runs.values()]
+    # What a record has by name: of several tasks each, and nothing where one task is all there is.
+    named = [set(config.datasets) if isinstance(config.dataset, list) else {""} for config in configs]
+    if learned == {True} and not options.data and not set.intersection(*named):
+        raise UserError("these runs share no task, or one of them learned that task alone: no table has all of them")
     return opened_runs
 
 
@@ -132,28 +137,32 @@ def open_dataset(opened, options):
 
 
 def summary(model, dataset, place, count):
-    """The record that closes a run: loss against context up to 8 T; for a task exact match, by depth too for a pass
-    key."""
+    """The record that closes a run: loss against context up to 8 T, or exact match of its task, by depth too for a pass
+    key; and exact match of each of several tasks."""
     if dataset.text:
         return length_loss(model, dataset.text, place, count, MULTIPLES[:-1]) | beside(model, dataset, place, count)
-    record = exact_match(model, dataset, place, count)
+    if isinstance(dataset, data.Mix):
+        return record(model, model.config.train_length, [], count) | beside(model, dataset, place, count)
+    result = exact_match(model, dataset, place, count)
     if dataset.name == "passkey":
-        record["map"] = passkey.depth_map(model, dataset, place, max(1, count // 4))
-    return record
+        result["map"] = passkey.depth_map(model, dataset, place, max(1, count // 4))
+    return result
 
 
 def beside(model, dataset, place, count):
-    """How a model answers the tasks that it learned beside its text -> {"tasks": {name: record}}, {} without any."""
+    """How a model answers each of the tasks that it learned -> {"tasks": {name: record}}, {} without any."""
     records = {name: exact_match(model, task, place, count) for name, task in dataset.tasks.items()}
     return {"tasks": records} if records else {}
 
 
 def is_closed(folder, step):
-    """Whether the record that closes a run of so many steps, and its picture, are in the run's folder."""
+    """Whether the record that closes a run of so many steps, and its pictures, are in the run's folder."""
     record = runs.read_json(folder / "length.json")
     if record and not is_whole(record):
         runs.set_aside(folder / "length.json")
-    return record.get("step") == step and is_whole(record) and (folder / "length.png").exists()
+    if record.get("step") != step or not is_whole(record):
+        return False
+    return all((folder / file_of(*kind)).exists() for kind in headlines({"": record}))
 
 
 def measure(model, dataset, tokenizer, place, options, evaluator=None):
@@ -223,10 +232,10 @@ def write(records, lines, draw, made, place, options):
         report.write_table(out / "results.md", "evaluate", lines, command, place, seed=seed)
         draw(out)
     if options.table:
-        first = lines if options.frequencies else table(records)
+        first = lines if options.frequencies else tables(records, headlines)
         report.write_table(options.table, options.kind, first, command, place, seed=seed)
     if options.picture and not options.frequencies:
-        picture(options.picture, records)
+        picture(options.picture, records, *headlines(records)[0])
     if options.out_dir:  # The figures come last, as the mark that all of it is there.
         file = "frequencies.json" if options.frequencies else "results.json"
         runs.write_record(out / file, {"made": made | report.provenance(place), "runs": records})

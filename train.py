@@ -39,7 +39,7 @@ class Training:
 
     config: Config
     place: Place
-    dataset: Any  # a data.Dataset or a data.tasks.Task
+    dataset: Any  # a data.Dataset, a data.tasks.Task, or a data.Mix of them
     model: GPT
     forward: torch.nn.Module  # the model, perhaps compiled, perhaps wrapped by DistributedDataParallel
     optimizers: list
@@ -310,7 +310,7 @@ def close(training, log, finished):
             made = {"step": training.step, "seed": config.seed} | report.provenance(place)
             evaluate.pictures(out, {out.name: result})
             runs.write_record(out / "length.json", result | made)  # last, as the mark that all of it is there
-            log.say("\n".join(evaluate.table({out.name: result})))
+            log.say("\n".join(evaluate.tables({out.name: result}, evaluate.headlines)))
     if place.main:
         log.draw()
         log.say(f"next: {next_command(config, model, dataset)}")
@@ -319,7 +319,7 @@ def close(training, log, finished):
 def next_command(config, model, dataset):
     """The command that shows what the run has learned."""
     if not dataset.text:
-        prompt, tokens = dataset.prompt(config.train_length)
+        prompt, tokens = next(iter(dataset.tasks.values())).prompt(config.train_length)
         more = ["--temperature=0", "--stop"]
     else:
         prompt = "def " if "python" in config.datasets else ""

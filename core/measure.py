@@ -182,8 +182,9 @@ def exact_match(model, task, place, count, multiples=TASK_MULTIPLES, budget=1 <<
     """The share of `count` examples of each length whose every target is right -> a record with "exact" and "loss".
 
     One forward pass over question and answer scores what greedy decoding would write: up to the first wrong token both
-    have read the same text, so either no argmax is wrong, or both have the same first one that is. Lengths without
-    positions are left out. At most `budget` tokens are computed at once. more: for the task, such as depth.
+    have read the same text, so either no argmax is wrong, or both have the same first one that is. (States beside a
+    text are read off it, and nothing is decoded.) Lengths without positions are left out. At most `budget` tokens are
+    computed at once. more: for the task, such as depth.
     """
     T, exact, loss = model.config.train_length, [], []
     lengths = sorted({max(task.shortest, int(T * multiple)) for multiple in multiples})

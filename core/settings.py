@@ -9,8 +9,10 @@ from core.flags import Dtype
 from model import GPTConfig
 
 Dataset = Literal[
-    "python", "shakespeare", "wikitext2", "ptb", "fineweb", "text", "copy", "reverse", "recall", "addition", "passkey"
-]
+    "python", "shakespeare", "wikitext2", "ptb", "fineweb", "text",
+    "copy", "reverse", "recall", "addition", "passkey", "multikey", "multivalue", "multiquery", "variables", "indexing",
+    "flipflop", "sort", "parity", "s5", "dyck",
+]  # fmt: skip
 
 
 @dataclass

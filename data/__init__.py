@@ -7,7 +7,8 @@ A data set is a module with `signature(config)`, a value that changes when its t
 
 as data/folders.py says. A text is a str, or several in a row: long ones are never in memory as a whole.
 
-The synthetic tasks of data/tasks.py have the same methods and no files. A `Mix` takes its rows from several of these.
+The synthetic tasks of data/tasks.py have the same methods and no files. A `Mix` takes its rows from several tasks, and
+perhaps a text.
 """
 
 import copy
@@ -73,27 +74,27 @@ class Dataset:
 
 
 class Mix:
-    """A text and tasks in one run, with the methods of Dataset: rows come from each in turn.
+    """Tasks in one run, perhaps with a text, with the methods of Dataset: rows come from each in turn.
 
-    config.dataset is a list; one that stands twice in it has twice as many rows. UserError where there is not one text.
+    config.dataset is a list; one that stands twice in it has twice as many rows. UserError where there are two texts.
     """
 
     masks = True
 
     def __init__(self, config, tokenizer):
         names, texts = config.datasets, [name for name in dict.fromkeys(config.datasets) if name in SOURCES]
-        if len(texts) != 1:
-            raise UserError(f"dataset={names}: a mixture has one text, such as python, and tasks besides")
+        if len(texts) > 1:
+            raise UserError(f"dataset={names}: a mixture has one text at most, {texts[0]} say, and tasks besides")
         self.parts = {
             name: open_dataset(only(config, name), tokenizer) for name in sorted(dict.fromkeys(names), key=texts.count)
         }
         # (data set, its rows in a round, the place among them) of each row of a round
         self.turns = [(self.parts[name], names.count(name), names[:i].count(name)) for i, name in enumerate(names)]
         self.tasks = {name: part for name, part in self.parts.items() if name in tasks.TASKS}
-        self.text = self.parts[texts[0]]
-        self.folder, self.size = self.text.folder, self.text.size
+        *_, last = self.parts.values()  # the text, if there is one
+        self.text, self.folder, self.size = last.text, last.folder, last.size
         known = repr([(name, self.parts[name].meta["data_checksum"]) for name in config.datasets])
-        self.meta = self.text.meta | {"data_checksum": hashlib.sha256(known.encode()).hexdigest()}
+        self.meta = last.meta | {"data_checksum": hashlib.sha256(known.encode()).hexdigest()}
 
     def batch(self, length, count, key, step, part=slice(None)):
         """Inputs and targets (rows, length): a pure function of its arguments, as `batch` is. Whose row it is goes

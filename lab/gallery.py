@@ -59,7 +59,7 @@ class Gallery(Config):
     def __post_init__(self):
         super().__post_init__()
         require_range(self, "in 1 ... 10^6", "rounds", "decode_tokens", "targets")
-        require(self.dataset in data.SOURCES, f"the gallery reads one text, which dataset={self.dataset} is not")
+        require(str(self.dataset) in data.SOURCES, f"the gallery reads one text, which dataset={self.dataset} is not")
 
 
 def learn(specs, argv, place, options):

@@ -2,8 +2,9 @@
 
 A record is what was measured of one run: {"train_length": T, "lengths": [tokens of context, ...]}, numbers for each of
 these lengths ("loss", "exact", ...), and what made them. A run's length.json is one; a results.json has several, as
-{"made": ..., "runs": {name: record}}. Records of runs with different T share columns, which are multiples of T. Every
-table goes through `pivot`.
+{"made": ..., "runs": {name: record}}. A run that learned several tasks, or some beside a text, has a record of each
+under "tasks". Records of runs with different T share columns, which are multiples of T. Every table goes through
+`pivot`.
 """
 
 import functools
@@ -54,48 +55,64 @@ def pivot(heads, cells, multiple="{:.3g} T"):
     )
 
 
-def by_multiple(record, key, name=""):
-    """{length / T: number} of one of the TABLES, {} where the record has none; with a name, of what has it beside these
-    numbers. The multiples have three digits, or 1.1 T would differ from one T to another."""
-    _, _, (*path, last), readable = TABLES[key]
+def of_task(record, task):
+    """A record, or where a task is named that of the task."""
+    return record["tasks"][task] if task else record
+
+
+def by_multiple(record, key, task="", name=""):
+    """{length / T: number} of one of the TABLES, {} where the record has none. The multiples have three digits, or 1.1
+    T would differ from one T to another. task: the one of several that is asked for. name: of what the record has
+    beside these numbers, in their place."""
+    (_, _, (*path, last), readable), record = TABLES[key], of_task(record, task)
     part = functools.reduce(lambda part, name: part.get(name, {}), path, record)
     numbers, lengths = part.get(name or last, {}), part.get("distances", record["lengths"])
     multiples = [float(f"{length / record['train_length']:.3g}") for length in lengths]
     return dict(zip(multiples, map(readable, numbers), strict=True)) if numbers else {}
 
 
-def headline(records):
-    """The key of the TABLES that {name: record} are about first of all."""
-    return "exact" if has(records, "exact") else "loss"
+def kinds(records):
+    """[(key, task)] of the TABLES that all of {name: record} have numbers for, those of several tasks last, in the
+    order of the first record."""
+    first, *others = records.values()
+    shared = [task for task in first.get("tasks", {}) if all(task in other.get("tasks", {}) for other in others)]
+    keys = [key for key in TABLES if all(by_multiple(record, key) for record in records.values())]
+    return [(key, "") for key in keys] + [("exact", task) for task in shared]
 
 
-def has(records, key):
-    """Whether all of {name: record} have numbers for one of the TABLES."""
-    return all(by_multiple(record, key) for record in records.values())
+def headlines(records):
+    """[(key, task)] that {name: record} are about first of all: exact match or else loss, what far context is worth,
+    and each of several tasks."""
+    found = kinds(records)
+    return [kind for kind in found if kind == found[0] or kind[0] in ("gain", "key") or kind[1]]
 
 
-def cells_of(records, key):
+def titled(key, task):
+    """The title of one of the TABLES, with the task that it is of."""
+    return f"{TABLES[key][0]}, {task}" if task else TABLES[key][0]
+
+
+def cells_of(records, key, task=""):
     """{name: record} -> cells of one of the TABLES, with standard errors where the records have them."""
     form, cells = TABLES[key][1], []
     for name, record in records.items():
-        errors = by_multiple(record, key, "error")
-        for at, x in by_multiple(record, key).items():
+        errors = by_multiple(record, key, task, "error")
+        for at, x in by_multiple(record, key, task).items():
             error = f" ± {form.format(errors[at])}" if errors else ""
             cells.append(((name,), at, form.format(x) + error))
     return cells
 
 
-def table(records, key=None, task=""):
-    """{name: record} -> lines: one of the TABLES at multiples of T, by default the headline. task: what the records are
-    of, for the title."""
-    key = key or headline(records)
-    title, cells = f"{TABLES[key][0]}, {task}" if task else TABLES[key][0], cells_of(records, key)
+def table(records, key, task=""):
+    """{name: record} -> lines: one of the TABLES at multiples of T, perhaps of one of several tasks."""
+    title, cells = titled(key, task), cells_of(records, key, task)
     if key in ("exact", "loss"):
-        counts = sorted({record["windows"] for record in records.values()})
-        title += f", {' or '.join(map(str, counts))} window{'s' * (counts != [1])}{crossed(records)}"
+        counts = sorted({of_task(record, task)["windows"] for record in records.values()})
+        title += f", {' or '.join(map(str, counts))} window{'s' * (counts != [1])}"
     if key == "key":
         title += f", of {' or '.join(sorted({marked(record) for record in records.values()}))}"
     if key == "loss":
+        title += crossed(records)
         for column, measure in (("not broken to", not_broken_to), ("uses to", uses_to)):
             found = {name: measure(record) for name, record in records.items()}
             cells += [((name,), column, f"{at:.3g} T") for name, at in found.items() if at is not None]
@@ -114,22 +131,9 @@ def crossed(records):
     return f", past {min(ends):.3g} T in other documents" if min(ends) < longest else ""
 
 
-def tables(records):
-    """Every one of the TABLES that all of {name: record} have, with an empty line between two."""
-    parts = [table(records, key) for key in TABLES if has(records, key)]
-    parts += [table(of_task(records, task), "exact", task) for task in tasks_of(records)]
-    return [line for part in parts for line in ("", *part)][1:]
-
-
-def tasks_of(records):
-    """The tasks beside a text that all of {name: record} answer, in the order of the first."""
-    first, *others = records.values()
-    return [task for task in first.get("tasks", {}) if all(task in other.get("tasks", {}) for other in others)]
-
-
-def of_task(records, task):
-    """{name: record} -> the records of one of the tasks beside their text."""
-    return {name: record["tasks"][task] for name, record in records.items()}
+def tables(records, of=kinds):
+    """The TABLES of {name: record}, all there are or the `headlines`, with an empty line between two."""
+    return [line for kind in of(records) for line in ("", *table(records, *kind))][1:]
 
 
 def not_broken_to(record):
@@ -147,7 +151,7 @@ def not_broken_to(record):
 def uses_to(record):
     """The largest distance, in T, at which an earlier passage saves more than NOISE standard errors; 0 where there is
     none, None where nothing was measured. Those of means over seeds are means too, and so too large."""
-    gains, errors = by_multiple(record, "gain"), by_multiple(record, "gain", "error")
+    gains, errors = by_multiple(record, "gain"), by_multiple(record, "gain", name="error")
     return max((at for at in gains if gains[at] > NOISE * errors[at]), default=0) if gains else None
 
 
@@ -171,13 +175,11 @@ def with_error(numbers, form):
 
 
 def seeds_table(records, seeds, key, task=""):
-    """{name: [record of each seed]} -> lines: mean, every seed, and the paired difference to the first name. task: what
-    the records are of, for the title."""
-    title, form, *_ = TABLES[key]
-    title, cells, (first, *_) = f"{title}, {task}" if task else title, [], records
-    base = [by_multiple(record, key) for record in records[first]]
+    """{name: [record of each seed]} -> lines: mean, every seed, and the paired difference to the first name."""
+    form, cells, (first, *_) = TABLES[key][1], [], records
+    base = [by_multiple(record, key, task) for record in records[first]]
     for name, of_seeds in records.items():
-        numbers = [by_multiple(record, key) for record in of_seeds]
+        numbers = [by_multiple(record, key, task) for record in of_seeds]
         for at in numbers[0]:
             column = [number[at] for number in numbers]
             cells.append(((name, "mean"), at, f"**{form.format(statistics.fmean(column))}**"))
@@ -187,7 +189,7 @@ def seeds_table(records, seeds, key, task=""):
             if name != first and at in base[0]:
                 pairs = [number - other[at] for number, other in zip(column, base, strict=True)]
                 cells.append(((name, f"less {first}"), at, with_error(pairs, form)))
-    return pivot([title, ""], cells)
+    return pivot([titled(key, task), ""], cells)
 
 
 def ratio_table(records):
@@ -214,38 +216,41 @@ LABELS = {
     "first": "attention on the first token",
     "far": "attention T tokens back or more",
 }
+# The names of pictures that are not of the first of the TABLES that a record has.
 FILES = {"gain": "gain.png", "key": "key.png", "entropy": "attention.png", "first": "first.png", "far": "far.png"}
 
 
-def picture(path, records, seeds=(), key=None):
-    """One of the TABLES, by default the headline, of {name: record} that have its numbers, as a PNG. Bands are standard
-    errors or, with seeds, {name: [record of each seed]}, from the least to the largest."""
-    key = key or headline(records)
-    curves = {name: by_multiple(record, key) for name, record in records.items()}
-    series = {
-        name: (list(curve), list(curve.values()), *band(records[name], key, seeds[name] if seeds else []))
-        for name, curve in curves.items()
-        if curve
-    }
+def file_of(key, task=""):
+    """The name of the picture of one of the TABLES."""
+    return f"exact-{task}.png" if task else FILES.get(key, "length.png")
+
+
+def picture(path, records, key, task="", seeds=()):
+    """One of the TABLES of {name: record}, as a PNG. Bands are standard errors or, with seeds, {name: [record of each
+    seed]}, from the least to the largest."""
+    series = {}
+    for name, record in records.items():
+        curve = by_multiple(record, key, task)
+        series[name] = list(curve), list(curve.values()), *band(record, key, task, seeds[name] if seeds else [])
     label = "distance / training length" if key == "gain" else "context / training length"
-    if series:
-        report.lines(path, series, label, LABELS[key], log_x=True, mark_x=1)
+    report.lines(path, series, label, LABELS[key], log_x=True, mark_x=1)
 
 
-def band(record, key, of_seeds):
+def band(record, key, task, of_seeds):
     """[lows, highs] around the record's numbers in one of the TABLES, [] where nothing says how sure they are."""
-    numbers, errors = by_multiple(record, key), by_multiple(record, key, "error")
-    around = [by_multiple(one, key) for one in of_seeds]
+    numbers, errors = by_multiple(record, key, task), by_multiple(record, key, task, "error")
+    around = [by_multiple(one, key, task) for one in of_seeds]
     if errors and not around:
         around = [{at: numbers[at] + side * errors[at] for at in numbers} for side in (-1, 1)]
     return [[end(one[at] for one in around) for at in numbers] for end in (min, max) if around]
 
 
 def pictures(folder, records, seeds=()):
-    """length.png, and what else {name: record} have numbers for, into the folder."""
-    picture(folder / "length.png", records, seeds)
-    for key, file in FILES.items():
-        picture(folder / file, records, seeds, key)
+    """Those of the headlines, and what else {name: record} have numbers for, into the folder."""
+    first = headlines(records)
+    for key, task in kinds(records):
+        if (key, task) in first or key in FILES:
+            picture(folder / file_of(key, task), records, key, task, seeds)
     by_position = {}
     for name, record in records.items():
         if "map" in record:
@@ -254,9 +259,6 @@ def pictures(folder, records, seeds=()):
         if "by_position" in record:
             middles, loss = record["by_position"]["position"], record["by_position"]["loss"]
             by_position[name] = [middle / record["train_length"] for middle in middles], loss
-    for task in tasks_of(records):
-        of_seeds = {name: [record["tasks"][task] for record in seeds[name]] for name in seeds}
-        picture(folder / f"exact-{task}.png", of_task(records, task), of_seeds)
     if by_position:
         labels = "position / training length", "loss (nats per token)"
         report.lines(folder / "position.png", by_position, *labels, mark_x=1)
@@ -265,7 +267,7 @@ def pictures(folder, records, seeds=()):
 def is_whole(record):
     """Whether a record that was read from a file is one: every table can be made of it."""
     try:
-        return min(record["train_length"], *record["lengths"]) > 0 and bool(tables({"": record}))
+        return min([record["train_length"], *record["lengths"]]) > 0 and bool(tables({"": record}))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         return False
 

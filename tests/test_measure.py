@@ -98,7 +98,8 @@ def test_documents_that_are_too_short_are_read_across():
         assert found.windows(sum(lengths) - 1).shape == (len(found.ends), sum(lengths))  # as long as there is text
     result = length_loss(Recorder(T), dataset([100] * 20), CPU, 5, FEW)
     assert (result["lengths"][-1], result["own_context"]) == (128, 64)
-    assert tables.table({"a": result})[0].startswith("| nats per token, 5 windows, past 4 T in other documents |")
+    title = "nats per token, 5 windows, past 4 T in other documents"
+    assert tables.table({"a": result}, "loss")[0].startswith(f"| {title} | 0.5 T |")
     first = measure.Targets(np.arange(9), np.array([4, 9]), 2, 2)
     assert first.windows(5).tolist() == [[7, 8, 0, 1, 2, 3], [3, 4, 5, 6, 7, 8]]  # the last one is before the first
     assert first.windows(2, back=1).tolist() == [[0, 1, 2], [5, 6, 7]]
@@ -111,7 +112,7 @@ def test_lengths_the_validation_text_cannot_hold_are_left_out():
 def test_lengths_without_positions_are_left_out():
     result = length_loss(Recorder(16, max_length=16), dataset([500]), CPU, 5, FEW)
     assert (result["lengths"], len(result["loss"])) == ([8, 16], 2)
-    assert tables.table({"learned": result, "rope": result | {"lengths": [8, 32]}})[2:] == [
+    assert tables.table({"learned": result, "rope": result | {"lengths": [8, 32]}}, "loss")[2:] == [
         "| learned | 1.000 | 1.000 | no position | 1 T |",
         "| rope | 1.000 | no position | 1.000 |  |",
     ]

@@ -1,13 +1,20 @@
-"""A text and tasks in one run: whose row comes when, what is learned of each, and that both are measured."""
+"""Tasks in one run, with a text or without: whose row comes when, what of each is learned, and that it is measured."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
+from here import in_process  # noqa: F401
+from small import CPU
 from test_data import config_of, mistake, open_dataset
 from test_tasks import learn  # noqa: F401  # a fixture
 from test_train import metrics, same, state
+from tiny import TINY
+
+import evaluate
+from lab import tables
+from model import GPT, GPTConfig
 
 T = 16
 MIXED = ["text", "copy", "text", "recall"]
@@ -55,7 +62,7 @@ def test_another_mixture_is_another_corpus(mixed, tmp_path, corpus):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"dataset": ["copy", "recall"]}, "a mixture has one text"),
+        ({"dataset": ["python", "shakespeare"]}, "a mixture has one text"),
         ({"dataset": ["python", "text", "copy"], "text": "a.txt"}, "a mixture has one text"),
         ({"dataset": ["python", "copy"], "tokenizer": "bpe"}, "--tokenizer=bytes"),
     ],
@@ -98,3 +105,61 @@ def test_a_run_learns_both_resumes_exactly_and_is_asked_both(learn, call_script,
     assert done.returncode == 0 and "copy" not in done.stdout, done.stderr
     done = call_script("evaluate.py", out, "--targets=4", "--data=" + str(corpus))
     assert done.returncode == 0 and "copy" not in done.stdout, done.stderr
+
+
+def test_tasks_without_a_text_have_a_table_each(tmp_path):
+    mix = open_dataset(config_of(tmp_path, train_length=T, dataset=["copy", "parity"]))
+    assert mix.text is None and mix.masks and mix.size == "endless" and list(mix.tasks) == ["copy", "parity"]
+    model = GPT(GPTConfig(vocab_size=257, n_layer=1, n_embd=32, train_length=T), seed=0).eval()
+    record = evaluate.summary(model, mix, CPU, 4)
+    assert record["lengths"] == [] and "loss" not in record and "exact" not in record
+    assert {name: len(of_task["exact"]) for name, of_task in record["tasks"].items()} == {"copy": 6, "parity": 6}
+    assert tables.is_whole(record) and tables.kinds({"run": record}) == [("exact", "copy"), ("exact", "parity")]
+    lines = tables.tables({"run": record, "other": record | {"tasks": {"parity": record["tasks"]["parity"]}}})
+    assert lines[0] == "| exact match, parity, 4 windows | 0.5 T | 1 T | 1.5 T | 2 T | 4 T | 8 T |" and len(lines) == 4
+
+
+@pytest.mark.slow
+def test_runs_that_learned_tasks_are_closed_and_compared_by_those_they_share(learn, call_script, tmp_path):  # noqa: F811
+    out, other = tmp_path / "run", tmp_path / "other"
+    said = learn(out, dataset=["copy", "parity"]).stdout
+    assert "endless training tokens (copy + parity, bytes)" in said and "nats per token" not in said
+    for task in ("copy", "parity"):
+        assert f"| exact match, {task}, 4 windows | 0.5 T |" in said
+    record = json.loads((out / "length.json").read_text(encoding="utf-8"))
+    assert record["lengths"] == [] and list(record["tasks"]) == ["copy", "parity"] and "loss" not in record
+    assert len(record["tasks"]["parity"]["exact"]) == 6
+    pictures = ["exact-copy.png", "exact-parity.png"]
+    assert sorted(file.name for file in out.glob("exact-*")) == pictures and not (out / "length.png").exists()
+    before = (out / "length.json").stat().st_mtime_ns
+    assert "is finished" in learn(out, dataset=["copy", "parity"]).stdout
+    assert (out / "length.json").stat().st_mtime_ns == before  # it was closed
+    (out / "exact-parity.png").unlink()
+    learn(out, dataset=["copy", "parity"])
+    assert (out / "length.json").stat().st_mtime_ns > before
+
+    learn(other, dataset=["parity", "sort"], length_targets=0)
+    words = ["--targets=4", f"--out_dir={tmp_path}/reach", f"--table={tmp_path}/table.md"]
+    done = call_script("evaluate.py", out, other, *words, f"--picture={tmp_path}/a.png")
+    assert done.returncode == 0 and done.stdout.count("exact match") == 1, done.stderr  # of what both learned
+    assert "| exact match, parity, 4 windows |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert (tmp_path / "reach" / "exact-parity.png").exists() and (tmp_path / "a.png").exists()
+    learn(tmp_path / "one", dataset="sort", length_targets=0, max_steps=1)
+    learn(tmp_path / "third", dataset=["sort", "reverse"], length_targets=0, max_steps=1)
+    for wrong in ("one", "third"):
+        done = call_script("evaluate.py", out, tmp_path / wrong)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "no table has all of them" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_a_comparison_of_runs_that_learned_tasks(call_script, tmp_path):
+    (tmp_path / "results.md").write_text("<!-- out -->\n<!-- /out -->\n", encoding="utf-8")
+    settings = TINY | {"dataset": ["copy", "parity"], "text": "", "max_steps": 2, "targets": 2, "seeds": 2}
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    done = call_script("compare.py", "rope", "none", *flags, f"--out_dir={tmp_path}/out", f"--docs={tmp_path}")
+    assert done.returncode == 0 and "exact-copy.png, exact-parity.png" in done.stdout, done.stderr
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    for task in ("copy", "parity"):
+        assert f"| exact match, {task} |  | 0.5 T |" in text and (tmp_path / f"out-{task}.png").exists()
+    assert text.count("| none | less rope |") == 2 and "nats per token" not in text

@@ -63,7 +63,7 @@ def test_runs_of_two_lengths_share_their_columns():
     for T in (128, 512):
         lengths = [round(T * multiple) for multiple in MULTIPLES]  # 141 / 128 and 563 / 512 are 1.1 T
         results[str(T)] = {"train_length": T, "lengths": lengths, "loss": [1.0] * len(lengths), "windows": 4}
-    lines = tables.table(results)
+    lines = tables.table(results, "loss")
     assert "no position" not in "".join(lines)
     assert lines[0].count("1.1 T") == 1
 

@@ -1,0 +1,12 @@
+"""Finding the four numbers of one key among up to fourteen numbers, in their order."""
+
+dataset = "multivalue"
+train_length = 128
+length_schedule = {0.0: 64, 0.5: 128}
+n_layer = 3
+n_head = 4
+n_embd = 128
+batch_size = 32
+max_steps = 1500
+learning_rate = 3e-3
+eval_interval = 250
