@@ -41,6 +41,7 @@ class Compare(Config):
     seeds: int = 3  # runs of each, with seed, seed + 1, ...
     jobs: int = 0  # runs at once, which share the CPU's cores or take turns on GPUs; 0 means 1, or one for each GPU
     targets: int = 64  # windows scored at every length
+    key_evaluator: str = ""  # a run trained on longer contexts: the loss of tokens that, it finds, need them
     docs: str = ""  # a folder whose results.md has the place <!-- NAME --> of out_dir for the tables, or a page (.md)
 
     def __post_init__(self):
@@ -128,6 +129,12 @@ def shared_length(all_configs):
     return min([*before, *(config.original_length or config.train_length for config in all_configs)])
 
 
+def beside(name, key, task):
+    """The name, beside a page, of the picture of one of the tables in the folder `name`."""
+    own = f"{task}.png" if task else tables.file_of(key)
+    return f"{name}.png" if own == "length.png" else f"{name}-{own}"
+
+
 def write(by_seed, seeds, T, command, place, options):
     """{name: [record of each seed]} -> tables, picture and all figures in the folders that the options name."""
     out = Path(options.out_dir)
@@ -143,9 +150,9 @@ def write(by_seed, seeds, T, command, place, options):
     for page in [out / "results.md", options.page] if options.docs else [out / "results.md"]:
         report.write_table(page, out.name, lines, command, place, **said)
     tables.pictures(out, means, by_seed)
-    drawn = {tables.file_of(task): "-".join(filter(None, (out.name, task))) + ".png" for _, task in headlines}
-    for own, beside in drawn.items() if options.docs else ():
-        with files.atomic(options.page.parent / beside, "wb") as file:
+    drawn = {tables.file_of(*kind): beside(out.name, *kind) for kind in headlines}
+    for own, shown in drawn.items() if options.docs else ():
+        with files.atomic(options.page.parent / shown, "wb") as file:
             file.write((out / own).read_bytes())
     made = {"command": command} | report.provenance(place)
     runs.write_record(out / "results.json", {"made": made, "train_length": T, "runs": all_runs})
@@ -173,7 +180,8 @@ def main(argv):
         raise UserError(f"another comparison works in {out}: wait for its end, or choose another folder with --out_dir")
 
     workers = Workers(min(options.jobs, len(all_configs)), place.device, out / "logs")
-    told, measured = {each.name: each.argv for each in named}, (f"--targets={options.targets}", f"--train_length={T}")
+    told, measured = {each.name: each.argv for each in named}, [f"--targets={options.targets}", f"--train_length={T}"]
+    measured += [f"--key_evaluator={options.key_evaluator}"] if options.key_evaluator else []
     jobs = {
         (name, seed): functools.partial(trained, workers, config, told[name], checksum, *measured)
         for (name, seed), config in all_configs.items()

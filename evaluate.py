@@ -3,9 +3,10 @@
     python evaluate.py out/rope out/alibi --out_dir=out/reach
     python evaluate.py hf:FOLDER --posenc=rope --posenc='rope(scaling="yarn", factor=2)' --lengths='[4096, 8192, 16384]'
 
-Measured are the loss of the same targets as the context grows (core/measure.py), the usual perplexities and the loss by
-position (lab/perplexity.py), and how widely attention spreads (lab/spread.py); of every task that a run learned, how
-many examples it answers without a mistake. `--frequencies` takes rope's pairs apart (lab/frequencies.py).
+Measured are the loss of the same targets as the context grows (core/measure.py), what far context is worth
+(lab/gain.py), the usual perplexities and the loss by position (lab/perplexity.py), and how widely attention spreads
+(lab/spread.py); of every task that a run learned, how many examples it answers without a mistake. `--frequencies` takes
+rope's pairs apart (lab/frequencies.py).
 """
 
 import core.start  # noqa: F401  # isort: skip
@@ -21,10 +22,10 @@ from core import place as places
 from core import report, runs
 from core.errors import UserError, nearest, pasted, require, require_range, run
 from core.flags import Dtype, changed, flags, make
-from core.measure import MULTIPLES, exact_match, length_loss, long_windows, reach, record, scored_at
+from core.measure import MULTIPLES, exact_match, length_loss, reach, record, targets
 from core.settings import Reading
 from data import vocabulary
-from lab import frequencies, passkey, perplexity, spread
+from lab import frequencies, gain, passkey, perplexity, spread
 from lab.tables import check_folder, file_of, headlines, is_whole, picture, pictures, tables
 from posenc import title
 
@@ -42,9 +43,10 @@ class Options(Reading):
     train_length: int = 0  # T of the lengths and targets; by default each run's own
     data: str = ""  # another data set than the run's: its name, or a file or folder of text
     data_dir: str = ""  # where the token files are; by default where the run had them
+    key_evaluator: str = ""  # a run trained on longer contexts: the loss of tokens that, it finds, need them
     frequencies: bool = False  # look at the pairs of rope's rotations instead: norms, shares of the logits, silencing
     out_dir: str = ""  # write results.json, results.md and the pictures into this folder
-    table: str = ""  # also write the first table, and those of tasks, to this Markdown file, with what made them
+    table: str = ""  # also write the first tables, and those of tasks, to this Markdown file, with what made them
     picture: str = ""  # also draw the curves into this PNG; of several tasks alone, those of the first
 
     def __post_init__(self):
@@ -57,7 +59,7 @@ class Options(Reading):
         )
         form = "must be whole numbers in 2 ... 10^8 that rise, as in --lengths='[1024, 2048, 4096]'"
         require(ascending, f"--lengths={self.lengths} {form}")
-        for key in ("lengths", "train_length", "window", "log_n"):
+        for key in ("lengths", "train_length", "window", "log_n", "key_evaluator"):
             alone = not (self.frequencies and getattr(self, key))
             require(alone, f"--frequencies looks at runs as they were trained: leave out --{key}")
         where = "name a folder for them, --out_dir=out/frequencies say"
@@ -160,19 +162,20 @@ def is_closed(folder, step):
         runs.set_aside(folder / "length.json")
     if record.get("step") != step or not is_whole(record):
         return False
-    return all((folder / file_of(task)).exists() for _, task in headlines({"": record}))
+    return all((folder / file_of(*kind)).exists() for kind in headlines({"": record}))
 
 
-def measure(model, dataset, tokenizer, place, options):
+def measure(model, dataset, tokenizer, place, options, evaluator=None):
     """Everything that is measured of a model -> its record: for a task `summary`; with --lengths the loss of the same
-    targets there alone; else also the usual losses, the loss by position and, where nothing is laid over the cache,
-    "attention"."""
+    targets there alone; else also the gain of repeated passages, the usual losses, the loss by position and, where
+    nothing is laid over the cache, "attention". evaluator: the gain.Evaluator that marks key tokens, if they are asked
+    for."""
     options.check_model(model)
     reading = dict(window=options.window or None, sinks=options.sinks, log_n=options.log_n)
     count, T = options.targets, options.train_length or model.config.train_length
     if not dataset.text:
-        if model.config.train_length != T or options.lengths or any(reading.values()):
-            refused = "--train_length, --lengths, --window and --log_n"
+        if model.config.train_length != T or options.lengths or any(reading.values()) or evaluator:
+            refused = "--train_length, --lengths, --window, --log_n and --key_evaluator"
             raise UserError(f"tasks are read as they were trained: leave out {refused}")
         return summary(model, dataset, place, count)
     text = dataset.text
@@ -181,15 +184,19 @@ def measure(model, dataset, tokenizer, place, options):
             raise UserError(f"--lengths: {lengths[-1]} tokens exceed the text, which has {len(text.val)}")
         if lengths[0] > model.max_length:
             raise UserError(f"--lengths: {model.too_long(lengths[0])}")
-        return length_loss(model, text, place, count, [length / T for length in lengths], T, **reading)
-    record = length_loss(model, text, place, count, T=T, **reading)
+    multiples = [length / T for length in options.lengths] or MULTIPLES
+    marked = evaluator and gain.key_loss(model, evaluator, text, place, count, multiples, T, **reading)
+    record = length_loss(model, text, place, count, multiples, T, **reading) | ({"key": marked} if evaluator else {})
+    if options.lengths:
+        return record
+    record["gain"] = gain.repeats(model, text, place, max(1, count // 2), T, **reading)
     few = max(1, count // 8)  # each of them has 64 times as many tokens as a window has targets
     sizes = vocabulary.byte_lengths(tokenizer)
     record |= perplexity.usual_losses(model, text, sizes, place, few, T=T, **reading)
     record["by_position"] = perplexity.position_loss(model, text, place, count, T, **reading)
     if not any(reading.values()):
         lengths, reached = reach(model, T, len(text.val))
-        windows = long_windows(text, lengths[-1], scored_at(T), few)
+        windows = targets(text, T, few).windows(lengths[-1])
         record["attention"] = spread.attention(model, windows, place, reached, T=T)
         if model.config.train_length == T:  # Tasks are read as they were trained.
             record |= beside(model, dataset, place, count)
@@ -198,11 +205,12 @@ def measure(model, dataset, tokenizer, place, options):
 
 def measure_all(opened_runs, datasets, place, options):
     """Measure every run -> ({name: record}, lines of all their tables, what draws their pictures into a folder)."""
-    records = {}
+    records, path = {}, options.key_evaluator
+    evaluator = gain.Evaluator(path, place, options.out_dir) if path else None
     for name, opened in opened_runs.items():
         checksum = opened.data_checksum or datasets[name].meta["data_checksum"]
         known = {"step": opened.step, "posenc": opened.config.posenc, "data_checksum": checksum}
-        records[name] = known | measure(opened.model, datasets[name], opened.tokenizer, place, options)
+        records[name] = known | measure(opened.model, datasets[name], opened.tokenizer, place, options, evaluator)
     return records, tables(records), functools.partial(pictures, records=records)
 
 
@@ -212,7 +220,7 @@ def look_at_frequencies(opened_runs, datasets, place, options):
     for name, opened in opened_runs.items():
         T, model, dataset = opened.config.train_length, opened.model, datasets[name].text
         loss = functools.partial(length_loss, model, dataset, place, options.targets, (1, 2, 4))
-        measured[name] = model, long_windows(dataset, T, scored_at(T), options.targets), loss
+        measured[name] = model, targets(dataset, T, options.targets).windows(T), loss
     return frequencies.look(measured, place)
 
 

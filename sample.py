@@ -4,7 +4,8 @@
 
 The place where the training length T was passed is marked. The closing table scores the generated text in blocks of T
 tokens with at most T tokens of context, which every encoding was trained for: text that fell apart shows as a loss that
-rises, or as 4-grams that repeat.
+rises, or as 4-grams that repeat. Its last column is what the context further back changes of the loss, for the model as
+it wrote: below zero the text drew on it, around zero it did not, and above zero it would be likelier without.
 """
 
 import core.start  # noqa: F401  # isort: skip
@@ -22,7 +23,7 @@ from core import place as places
 from core import runs
 from core.errors import UserError, note, require, require_range, run
 from core.flags import flags, make
-from core.measure import windowed_losses
+from core.measure import token_losses, windowed_losses
 from core.settings import Reading
 from data import vocabulary
 from model import generate
@@ -156,17 +157,31 @@ def repeated(ids, n=4):
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def block_table(texts, losses, prompt, T):
-    """The lines of a table of loss and repetition in every T tokens. texts: ids of each sample, of which the first
-    `prompt` were given; losses: nats of their tokens after the first."""
-    lines = [f"{'tokens':>15}  {'loss':>6}  {'repeated 4-grams':>16}"]
+def far_context(model, ids, T, options, place):
+    """ids (1, N) -> [the loss of each after the first with all of the context that it was drawn from, less its loss
+    with at most T tokens of that]."""
+    reading = dict(window=options.window or None, sinks=options.sinks, log_n=options.log_n)
+    whole = token_losses(model, ids, ids.shape[1] - 1, place, **reading)
+    return (whole - windowed_losses(model, ids, T, max(1, T // 2), place, **reading))[0].tolist()
+
+
+def block_table(texts, losses, far, prompt, T):
+    """The lines of a table of loss, repetition and far context in every T tokens. texts: ids of each sample, of which
+    the first `prompt` were given; losses: nats of their tokens after the first; far: what `far_context` says of them,
+    or nothing."""
+    lines = [f"{'tokens':>15}  {'loss':>6}  {'repeated 4-grams':>16}" + f"  {'far context':>11}" * bool(far)]
     longest = max(map(len, texts))
+
+    def mean(values, first, end):
+        block = [value for text in values for value in text[first - 1 : end - 1]]
+        return sum(block) / len(block)
+
     for begin in range(prompt // T * T, longest, T):
         first, end = max(begin, prompt), begin + T
-        nats = [loss for text in losses for loss in text[first - 1 : end - 1]]
         grams = [repeated(text[first:end]) for text in texts if len(text) > first]
-        span = f"{first} - {min(end, longest) - 1}"
-        lines.append(f"{span:>15}  {sum(nats) / len(nats):6.3f}  {sum(grams) / len(grams):16.1%}")
+        span, share = f"{first} - {min(end, longest) - 1}", sum(grams) / len(grams)
+        changed = f"  {mean(far, first, end):+11.3f}" if far else ""
+        lines.append(f"{span:>15}  {mean(losses, first, end):6.3f}  {share:16.1%}{changed}")
     return lines
 
 
@@ -199,9 +214,11 @@ def main(argv):
     print("\n\n" + dim(f"{made} token{'s' * (made != 1)} in {seconds:.1f} s, {made / seconds:.0f} tokens/s"))
     if made:
         judge = as_trained[0].model if as_trained else model
-        losses = [windowed_losses(judge, torch.tensor([text]), T, max(1, T // 2), place)[0].tolist() for text in texts]
+        rows = [torch.tensor([text]) for text in texts]
+        losses = [windowed_losses(judge, ids, T, max(1, T // 2), place)[0].tolist() for ids in rows]
+        far = [] if options.crop else [far_context(model, ids, T, options, place) for ids in rows]
         title = f"loss of the generated text, in nats per token, with at most T = {T} tokens of context:"
-        print(dim("\n".join([title, *block_table(texts, losses, len(prompt), T)])))
+        print(dim("\n".join([title, *block_table(texts, losses, far, len(prompt), T)])))
 
 
 if __name__ == "__main__":

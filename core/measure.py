@@ -1,14 +1,15 @@
 """Measures of prediction: validation loss, loss as the context grows, the share of tasks answered without a mistake.
 
-**The same targets**: `length_loss` scores the last T/4 tokens of windows inside one long validation document each, with
-the L tokens that end there as input. The question is the same at every length, and only the context grows: a loss that
-falls uses the longer context, one that is flat ignores it, one that rises is broken by it.
+**The same targets**: `length_loss` scores blocks of T/4 tokens, deep inside validation documents, with the L tokens
+that end there as input. The question is the same at every length, and only the context grows: a loss that falls uses
+the longer context, one that is flat ignores it, one that rises is broken by it.
 
 Each function takes the `place` (core/place.py) where it computes. The processes of a run share the windows among them.
 """
 
 import itertools
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from core.cache import PIECE, WHOLE, Cache, pieces
 from core.errors import UserError
 
 MULTIPLES = (0.5, 1, 1.1, 1.25, 1.5, 2, 4, 8, 16)  # of the training length: contexts that text is read with
+ENOUGH = 0.25  # of a text: from that much of it on, targets are drawn
 TASK_MULTIPLES = (0.5, 1, 1.5, 2, 4, 8)  # of the training length: examples of a task
 
 
@@ -82,26 +84,58 @@ def at_once(model, length):
 # The same targets, with more and more context before them.
 
 
-def long_windows(dataset, length, step, count):
-    """(<= count, length + 1) ids from the validation set, whose last `step` tokens differ: windows inside one document
-    each, from as many documents as there are. Where so many do not fit into documents, windows span them."""
-    borders = dataset.documents("val")
-    if (np.diff(borders) - length).clip(0).sum() < count * step:
-        borders = borders[[0, -1]]
-    ends = [
-        (turn, end)  # first one window of every document, then a second of each, ...
-        for begin, stop in itertools.pairwise(borders)
-        for turn, end in enumerate(range(begin + length + 1, stop + 1, step))
-    ]
-    chosen = [end for _, end in sorted(ends)]
-    if len(borders) == 2:  # one document: from all over it
-        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, min(count, len(chosen))).astype(int)]
-    return np.stack([dataset.val[end - length - 1 : end] for end in chosen[:count]]).astype(np.int64)
+@dataclass
+class Targets:
+    """Blocks of `scored` tokens of a text, which are scored with any number of tokens before them."""
+
+    text: np.ndarray  # (tokens,) ids, whose last token is taken to stand before its first
+    ends: np.ndarray  # (N,) the index after each block
+    scored: int
+    own: int  # the longest context, in tokens, that is each block's own document alone
+
+    def windows(self, length, back=0):
+        """(N, length + 1) ids that end with the blocks, or `back` tokens before their ends."""
+        return self.text[self.ends[:, None] - back + np.arange(-length - 1, 0)].astype(np.int64)
 
 
-def scored_at(T, multiples=MULTIPLES):
-    """Targets of a window: the last T/4 tokens, and at most half of the shortest context."""
-    return max(1, min(T // 4, round(T * min(multiples)) // 2))
+def targets(dataset, T, count):
+    """`count` blocks of T/4 tokens of the validation set, or as many as there are -> Targets, evenly over documents and
+    the places in them: each document has as many as its share of the tokens to draw from.
+
+    Text, T and count alone decide them, so that a model has the same loss at T whichever other lengths are asked for. A
+    block near the beginning of its document has no long context of its own: other documents would fill it, which can
+    distract and not help. So all blocks have 16 T of their document before them, the longest of MULTIPLES; where less
+    than ENOUGH of the text lies that deep, 8, 4, 2 or 1 T; and where documents are shorter still, the text counts as
+    one.
+    """
+    val, documents = dataset.val, dataset.documents("val")
+    scored = max(1, min(T, len(val)) // 4)
+    depths = [(borders, T * depth) for borders in (documents, documents[[0, -1]]) for depth in (16, 8, 4, 2, 1)]
+    enough = [(borders, own) for borders, own in depths if (np.diff(borders) - own).clip(0).sum() >= ENOUGH * len(val)]
+    borders, own = (enough or [(documents[[0, -1]], scored)])[0]
+    ends = np.concatenate([np.arange(a + own + 1, b + 1, scored) for a, b in itertools.pairwise(borders)])
+    count = min(count, len(ends))
+    return Targets(val, ends[((np.arange(count) + 0.5) * len(ends) / count).astype(int)], scored, own)
+
+
+def last_losses(model, windows, scored, place, bar, **reading):
+    """windows (N, L + 1) ids -> (N, scored) nats of their last tokens, each seen with all before it. As many windows
+    are computed at once as there is room for; bar counts their tokens."""
+    losses = [torch.empty(0, scored)]
+    for rows in batches(windows, at_once(model, windows.shape[1] - 1)):
+        losses.append(token_losses(model, rows, scored, place, **reading))
+        bar.update(losses[-1].shape[0] * (windows.shape[1] - 1))
+    return torch.cat(losses)
+
+
+def target_losses(model, drawn, length, place, bar, **reading):
+    """(N, scored) nats of Targets, with the `length` tokens before the last of each block as input. Where these are
+    less than two blocks, blocks are scored in parts, so that every target has half of `length` before it or more."""
+    scored, size, parts = drawn.scored, max(1, min(drawn.scored, length // 2)), []
+    for begin in range(0, scored, size):
+        end = min(begin + size, scored)
+        parts.append(last_losses(model, drawn.windows(length, scored - end), end - begin, place, bar, **reading))
+    return torch.cat(parts, dim=1)
 
 
 def reach(model, T, available, multiples=MULTIPLES):
@@ -120,22 +154,18 @@ def length_loss(model, dataset, place, count, multiples=MULTIPLES, T=0, **readin
     holds it.
 
     `count` windows are scored at each length that the encoding has positions for. T of lengths and targets is the
-    model's own unless named.
+    model's own unless named. "own_context" is what Targets call `own`: longer windows reach into other documents.
     """
     T = T or model.config.train_length
-    scored = scored_at(T, multiples)
-    lengths, reached = reach(model, T, len(dataset.val), multiples)
-    windows = long_windows(dataset, lengths[-1], scored, count)
-    mine, losses = windows[place.rank :: place.world], []
-    with report.progress(len(mine) * sum(reached), "loss against context", place) as bar:
+    _, reached = reach(model, T, len(dataset.val), multiples)
+    drawn = targets(dataset, T, count)
+    mine, losses = replace(drawn, ends=drawn.ends[place.rank :: place.world]), []
+    total = len(drawn.ends) * drawn.scored
+    with report.progress(len(mine.ends) * sum(reached), "loss against context", place) as bar:
         for length in reached:
-            nats = 0.0
-            for rows in batches(mine, at_once(model, length)):
-                nats += token_losses(model, rows[:, -length - 1 :], scored, place, **reading).double().sum().item()
-                bar.update(length * len(rows))
-            (total,) = place.sum(nats)
-            losses.append(total / (len(windows) * scored))
-    return record(model, T, reached, len(windows), loss=losses, targets=len(windows) * scored)
+            nats = target_losses(model, mine, length, place, bar, **reading).double().sum().item()
+            losses.append(place.sum(nats)[0] / total)
+    return record(model, T, reached, len(drawn.ends), loss=losses, targets=total, own_context=drawn.own)
 
 
 def record(model, T, lengths, windows, **numbers):

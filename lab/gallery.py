@@ -27,7 +27,7 @@ from core import report, runs
 from core.attention import ready
 from core.encoding import Pairs
 from core.errors import require, require_range, run
-from core.measure import long_windows
+from core.measure import targets
 from core.settings import Config
 from data import vocabulary
 from lab import tables
@@ -238,7 +238,7 @@ def main(argv):
     records = learn(specs, argv, place, options)
     measured, rows, pictures = speeds(specs, options, place), [], {}
     dataset = data.open_dataset(options, vocabulary.load(options.tokenizer))
-    windows = long_windows(dataset, SEEN * options.train_length, 1, TEXTS)
+    windows = targets(dataset, options.train_length, TEXTS).windows(SEEN * options.train_length)
     pairs = [(spec, spec) for spec in specs] + [(base, spec) for base in specs for spec in stretches(base)]
     for base, spec in pairs:
         model = runs.open_run(Path(options.runs_dir) / report.slug(base), "cpu", spec).model

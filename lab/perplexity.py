@@ -12,7 +12,7 @@ import torch
 
 import data
 from core import report
-from core.measure import MULTIPLES, at_once, batches, reach, token_losses, windowed_losses
+from core.measure import MULTIPLES, at_once, batches, last_losses, reach, windowed_losses
 
 
 def usual_losses(model, dataset, token_bytes, place, count, multiples=MULTIPLES, T=0, **reading):
@@ -43,13 +43,10 @@ def position_loss(model, dataset, place, count, T=0, **reading):
     the middle of every T/4 of them, "loss"}."""
     T = T or model.config.train_length
     ids = stretches(dataset, int(min(8 * T, model.max_length, len(dataset.val) - 1)), count)
-    losses = []
     with report.progress(ids[:, 1:].size, "loss by position", place) as bar:
-        for rows in batches(ids, at_once(model, ids.shape[1])):
-            losses.append(token_losses(model, rows, ids.shape[1] - 1, place, **reading).double())
-            bar.update(losses[-1].numel())
+        losses = last_losses(model, ids, ids.shape[1] - 1, place, bar, **reading)
     width = max(1, T // 4)
-    bins = torch.cat(losses).mean(0).split(width)
+    bins = losses.double().mean(0).split(width)
     middles = [width * index + len(part) / 2 for index, part in enumerate(bins)]
     return {"position": middles, "loss": [part.mean().item() for part in bins]}
 

@@ -1,4 +1,5 @@
-"""How widely attention spreads as the context grows, for any encoding, and how much of it the first token gets."""
+"""How widely attention spreads as the context grows, for any encoding, and how much of it goes to the first token (a
+sink) and further back than T (dilution, where that does not lower the loss)."""
 
 import math
 from dataclasses import replace
@@ -9,12 +10,14 @@ from core import report
 from core.attention import ready
 from core.cache import Cache, pieces
 
-# Of weights (B, H, T, S) and the keys seen (T, S): what `attention` averages over queries and heads.
+# Of weights (B, H, T, S), the keys seen (T, S) and a distance: what `attention` averages over queries and heads.
 SPREAD = {
-    "entropy": lambda weights, seen: torch.special.entr(weights).sum(-1),  # in nats
+    "entropy": lambda weights, seen, distance: torch.special.entr(weights).sum(-1),  # in nats
     # One key alone has an entropy of 0 out of 0, which counts as 0.
-    "share": lambda weights, seen: torch.special.entr(weights).sum(-1) / seen.sum(-1).clamp(min=2).log(),
-    "first": lambda weights, seen: weights[..., 0],
+    "share": lambda weights, seen, distance: torch.special.entr(weights).sum(-1) / seen.sum(-1).clamp(min=2).log(),
+    "first": lambda weights, seen, distance: weights[..., 0],
+    # The queries are the last keys, so that the key at column s stands S - T + t - s tokens before query t.
+    "far": lambda weights, seen, distance: weights.tril(weights.shape[-1] - weights.shape[-2] - distance).sum(-1),
 }
 
 
@@ -31,13 +34,13 @@ def weights(encoding, pairs):
         return encoding.weights(logits, [pairs])[..., : len(pairs.j)], pairs.seen
 
 
-def spread(model, tokens, last, place):
+def spread(model, tokens, last, distance, place):
     """tokens (B, L) -> (len(SPREAD), n_layer), sums over the last so many queries of every sequence and the heads."""
     total = torch.zeros(len(SPREAD), model.config.n_layer, dtype=torch.float64)
 
     def watch(layer, encoding, new, pairs):
         watched = weights(encoding, pairs)
-        sums = {name: measure(*watched).sum().cpu().double() for name, measure in SPREAD.items()}
+        sums = {name: measure(*watched, distance).sum().cpu().double() for name, measure in SPREAD.items()}
         if len(pairs.j) < cache.next:  # The layer's window has left the first token behind.
             sums["first"] *= 0
         total[:, layer] += torch.stack(list(sums.values()))
@@ -56,13 +59,15 @@ def attention(model, windows, place, lengths, budget=1 << 12, T=0):
     """Where the last T/4 queries of L tokens look, for every length L that the encoding has positions for. T is the
     model's own unless named.
 
-    windows (N, Lmax + 1) ids, as core.measure.long_windows gives them: the input is the L tokens before the last, as it
+    windows (N, Lmax + 1) ids, as core.measure.Targets gives them: the input is the L tokens before the last, as it
     is for length_loss. They enter a cache in chunks, about `budget` tokens at once, so memory grows with L alone.
-    Returns {"lengths", "entropy", "share", "first", "by_layer"}: for every length the mean over queries, heads and
-    layers of the entropy of the weights (nats), of the entropy / ln(keys seen), and of the weight on the first token;
-    "by_layer" has the same with a list over the layers for every length. ValueError for windows that are too short.
+    Returns {"lengths", "entropy", "share", "first", "far", "by_layer"}: for every length the mean over queries, heads
+    and layers of the entropy of the weights (nats), of the entropy / ln(keys seen), of the weight on the first token,
+    and of that on all keys T tokens back or more; "by_layer" has the same with a list over the layers for every length.
+    ValueError for windows that are too short.
     """
-    wanted = max(1, (T or model.config.train_length) // 4)
+    T = T or model.config.train_length
+    wanted = max(1, T // 4)
     reached = [length for length in lengths if length <= model.max_length]
     if reached and max(reached) >= windows.shape[1]:
         raise ValueError(f"windows of {windows.shape[1]} ids hold no {max(reached)} tokens and their last target")
@@ -71,7 +76,7 @@ def attention(model, windows, place, lengths, budget=1 << 12, T=0):
         for length in reached:
             last, total = min(wanted, length), 0.0
             for rows in windows[:, -length - 1 : -1].split(max(1, budget // length)):
-                total = total + spread(model, rows.to(place.device), last, place)
+                total = total + spread(model, rows.to(place.device), last, T, place)
                 bar.update(rows.numel())
             for name, sums in zip(SPREAD, total / (len(windows) * last * model.config.n_head), strict=True):
                 by_layer[name].append(sums.tolist())

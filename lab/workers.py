@@ -185,17 +185,17 @@ def left(folder):
 
 
 def up_to_date(records, step, checksum):
-    """Whether there are records, all of them of that step and corpus, and of the lengths that tasks are read at now."""
-    tasks = [task for record in records.values() for task in (record, *record.get("tasks", {}).values())]
-    if not all(map(at_todays_lengths, tasks)):
+    """Whether there are records, all of them of that step and corpus, and measured as they would be now."""
+    parts = [part for record in records.values() for part in (record, *record.get("tasks", {}).values())]
+    if not all(map(as_today, parts)):
         return False
     known = {(record["step"], record.get("data_checksum", checksum)) for record in records.values()}
     return known == {(step, checksum)}
 
 
-def at_todays_lengths(record):
-    """Whether a task was measured at the multiples of T that it is measured at now. Its shortest example may stand for
-    the first of them."""
+def as_today(record):
+    """Whether a text was scored on the targets that are drawn now, and a task at today's multiples of T. Its shortest
+    example may stand for the first of them."""
     if "exact" not in record:
-        return True
+        return "loss" not in record or "own_context" in record  # a mixture of tasks alone has no loss of its own
     return set(record["lengths"][1:]) <= {int(multiple * record["train_length"]) for multiple in TASK_MULTIPLES}

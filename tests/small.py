@@ -1,5 +1,6 @@
-"""Small models whose every parameter matters, and random text for them to read."""
+"""Small models whose every parameter matters, or whose answers are known, and random text for them to read."""
 
+import math
 import re
 from pathlib import Path
 
@@ -72,3 +73,25 @@ def dataset(lengths, tokens=None):
     total, starts = sum(lengths), np.cumsum([0, *lengths[:-1]]).tolist()
     ids = np.arange(total) if tokens is None else tokens
     return data.Dataset(ids, ids, {"documents": {"val": starts}, "tokens": {"val": total}}, None)
+
+
+class Copier(torch.nn.Module):
+    """Stands for a model that copies: what stood `period` tokens before gets probability 3/4, the other V - 1 tokens
+    share the rest; without that much context all are equal."""
+
+    bounded = False
+
+    def __init__(self, period, vocab_size, train_length):
+        super().__init__()
+        self.config, self.max_length = GPTConfig(train_length=train_length, vocab_size=vocab_size), math.inf
+        self.period = period
+
+    def forward(self, tokens, targets=None, past=None, last=None):
+        before = past.layers.get(0, tokens[:, :0])
+        seen = past.layers[0] = torch.cat((before, tokens), dim=1)
+        if targets is None:
+            return None
+        place = torch.arange(seen.shape[1] - targets.shape[1], seen.shape[1]) + 1 - self.period
+        guess, V = seen[:, place.clamp(min=0)], self.config.vocab_size
+        p = torch.where(guess == targets, 0.75, 0.25 / (V - 1))
+        return -torch.where(place >= 0, p, 1 / V).log()

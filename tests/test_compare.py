@@ -49,10 +49,12 @@ def check(out, page, steps):
     assert len(one["loss"]) == len(one["lengths"]) == len(one["sliding"]) == len(one["attention"]["entropy"]) == 9
     assert "commit" in saved["made"]
     text = (out / "results.md").read_text(encoding="utf-8")
-    assert all(word in text for word in ("| none | less rope |", "seed 1337", "holds to", "Made by `python compare.py"))
+    said = ("| none | less rope |", "seed 1337", "not broken to | uses to", "nats saved", "Made by `python compare.py")
+    assert all(word in text for word in said)
     assert page.read_text(encoding="utf-8") == "before\n<!-- out -->\n" + text + "<!-- /out -->\nafter\n"
     assert (page.parent / "out.png").read_bytes() == (out / "length.png").read_bytes()
-    for picture in ("length.png", "position.png", "attention.png"):
+    assert (page.parent / "out-gain.png").read_bytes() == (out / "gain.png").read_bytes()
+    for picture in ("length.png", "position.png", "attention.png", "gain.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert [torch.load(path, weights_only=True)["step"] for path in out.glob("*/ckpt.pt")] == [steps, steps]
 

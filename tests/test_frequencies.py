@@ -12,7 +12,7 @@ from small import CPU, HALF, T, blind, dataset, make, text
 import posenc
 from core import report
 from core.errors import UserError
-from core.measure import length_loss, long_windows
+from core.measure import length_loss, targets
 from lab import frequencies
 
 ROTATIONS = [
@@ -189,7 +189,7 @@ def test_other_encodings_are_refused_in_one_line_before_any_work(spec, said):
 
 def test_runs_alike_are_told_together_with_their_deviation(tmp_path):
     read = source()
-    windows = long_windows(read, T, 4, 4)
+    windows = targets(read, T, 4).windows(T)
     models = {"a": make(seed=1), "b": make("rope(dims=4)"), "out/c": make(seed=2)}
     opened = {name: (model, windows, loss_of(model, read)) for name, model in models.items()}
     found, lines, draw = frequencies.look(opened, CPU)
@@ -223,7 +223,7 @@ def test_layers_are_called_by_their_members(monkeypatch, tmp_path):
     read, ticks = source(), []
     model = make(["rope(window=8)", 'rope(temper="su")'])  # they share one rope
     monkeypatch.setattr(report, "heat", lambda *_, **options: ticks.extend(options["ticks"][1].values()))
-    _, lines, draw = frequencies.look({"a": (model, long_windows(read, T, 2, 2), loss_of(model, read))}, CPU)
+    _, lines, draw = frequencies.look({"a": (model, targets(read, T, 2).windows(T), loss_of(model, read))}, CPU)
     draw(tmp_path)
     cells = [line.split(" | ")[1] for line in lines if line.startswith("| norm of the keys' pairs")]
     assert cells == ["1, rope(window=8)", '2, rope(temper="su")']

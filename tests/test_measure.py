@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from small import CPU, dataset
+from small import CPU, Copier, dataset
 
 import data
 from core import cache, measure
@@ -36,7 +36,7 @@ class Recorder:
 
 def test_every_length_is_scored_on_the_same_targets_with_the_tokens_before_them():
     model = Recorder(train_length=16)
-    result = length_loss(model, dataset([200, 50, 300]), CPU, count=10, multiples=FEW)
+    result = length_loss(model, dataset([400, 50, 600]), CPU, count=10, multiples=FEW)
     assert result["lengths"] == [8, 16, 24, 32, 64, 128]
     assert result["loss"] == [1.0] * 6
     longest = model.calls[-1][0]
@@ -47,21 +47,62 @@ def test_every_length_is_scored_on_the_same_targets_with_the_tokens_before_them(
         assert torch.equal(targets, seen[:, -4:] + 1)  # tokens are numbered: the next ones
     assert len(set(targets.flatten().tolist())) == 40  # no target twice
     for row in longest:  # inside one document
-        assert any(start <= row[0] and row[-1] + 1 < stop for start, stop in ((0, 200), (250, 550)))
-    assert {int(row[0]) < 200 for row in longest[:2]} == {True, False}  # of as many documents as there are
+        assert any(start <= row[0] and row[-1] + 1 < stop for start, stop in ((0, 400), (450, 1050)))
+
+
+def drawn(lengths, T, count):
+    """The first and the last target of every block, by their numbers, and the Targets."""
+    found = measure.targets(dataset(lengths), T, count)
+    last = found.windows(1)[:, -1]
+    return last - found.scored + 1, last, found
+
+
+@pytest.mark.parametrize("count", [5, 16, 61])
+def test_targets_come_evenly_from_documents_and_the_places_in_them(count):
+    """A stretch that holds the share p of all blocks to draw from has p * count of those drawn, give or take one."""
+    lengths, T = [400, 50, 1256, 700], 16
+    first, last, found = drawn(lengths, T, count)
+    assert (len(last), found.scored, found.own) == (count, 4, 256)
+    assert (np.diff(last) >= 4).all()
+    begin, rooms = np.cumsum([0, *lengths[:-1]]), [max(0, length - 256) // 4 for length in lengths]
+    for start, length, room in zip(begin, lengths, rooms, strict=True):
+        inside = (first >= start) & (last < start + length)
+        assert abs(inside.sum() - count * room / sum(rooms)) <= 1
+        assert (first[inside] - 256 >= start + 1 - 4).all()  # the last target of a block has 256 tokens before it
+        for part in range(3):  # thirds of what lies deep enough in a document
+            at = (last - start - 256) / (length - 256) if room else last * 0.0 - 1
+            third = inside & (part / 3 <= at) & (at < (part + 1) / 3)
+            assert abs(third.sum() - count * room / sum(rooms) / 3) <= 2  # one at either end
+
+
+def test_a_model_has_one_loss_at_a_length_whatever_else_is_asked():
+    ids = np.random.default_rng(0).integers(40, size=2000)
+    model, text = exact_model(), dataset([1200, 800], ids)
+    found = [length_loss(model, text, CPU, 6, multiples) for multiples in (measure.MULTIPLES, FEW, [1], [0.1, 1, 20])]
+    at_T = {record["loss"][record["lengths"].index(16)] for record in found}
+    assert len(at_T) == 1
+    assert {record["own_context"] for record in found} == {256}
+    assert found[3]["lengths"] == [2, 16, 320]
+    # Two tokens of context score the targets one by one.
+    ends = measure.targets(text, 16, 6).ends
+    nats = [-model(torch.tensor(ids[None, t - 2 : t]))[0, -1].log_softmax(-1)[ids[t]].item()
+            for end in ends for t in range(end - 4, end)]  # fmt: skip
+    assert found[3]["loss"][0] == pytest.approx(np.mean(nats), rel=1e-6)
 
 
 def test_documents_that_are_too_short_are_read_across():
-    result = length_loss(Recorder(16), dataset([100] * 20), CPU, 5, FEW)
-    assert result["lengths"][-1] == 128
-
-
-def test_windows_come_from_all_over_the_text():
-    one = measure.long_windows(dataset([1000]), 64, 4, 5)
-    assert one[:, -1].tolist() == [64, 296, 528, 760, 996]  # the last ids, which are numbered
-    short = measure.long_windows(dataset([70, 70, 70, 70]), 64, 4, 8)  # fewer than eight would fit into documents
-    assert len(short) == 8
-    assert short[-1, -1] > 270
+    T = 16
+    for lengths, own in (([1000], 256), ([100] * 20, 64), ([30] * 20, 16), ([17] * 30, 256), ([60], 32), ([10], 2)):
+        found = measure.targets(dataset(lengths), T, 5)
+        assert found.own == own, lengths
+        assert found.windows(sum(lengths) - 1).shape == (len(found.ends), sum(lengths))  # as long as there is text
+    result = length_loss(Recorder(T), dataset([100] * 20), CPU, 5, FEW)
+    assert (result["lengths"][-1], result["own_context"]) == (128, 64)
+    title = "nats per token, 5 windows, past 4 T in other documents"
+    assert tables.table({"a": result}, "loss")[0].startswith(f"| {title} | 0.5 T |")
+    first = measure.Targets(np.arange(9), np.array([4, 9]), 2, 2)
+    assert first.windows(5).tolist() == [[7, 8, 0, 1, 2, 3], [3, 4, 5, 6, 7, 8]]  # the last one is before the first
+    assert first.windows(2, back=1).tolist() == [[0, 1, 2], [5, 6, 7]]
 
 
 def test_lengths_the_validation_text_cannot_hold_are_left_out():
@@ -149,32 +190,10 @@ def test_a_window_and_the_training_length_of_another_run():
     whole, windowed = (length_loss(model, text, CPU, 4, (1, 8), T=8, window=w)["loss"] for w in (None, 8))
     assert whole[0] == pytest.approx(windowed[0], rel=1e-9)
     assert whole[1] != windowed[1]
-    window = torch.tensor(measure.long_windows(text, 64, 2, 4))
+    window = torch.tensor(measure.targets(text, 8, 4).windows(64))
     own = [model(window[:, begin : begin + 8])[:, -1].log_softmax(-1) for begin in (55, 56)]
     nats = -sum(p.gather(1, window[:, i + 63 : i + 64]).sum().item() for i, p in enumerate(own)) / 8
     assert windowed[1] == pytest.approx(nats, rel=1e-6)  # one layer: the last 8 tokens are all there is
-
-
-class Copier(torch.nn.Module):
-    """Stands for a model that copies: what stood `period` tokens before gets probability 3/4, the other V - 1 tokens
-    share the rest; without that much context all are equal."""
-
-    bounded = False
-
-    def __init__(self, period, vocab_size, train_length):
-        super().__init__()
-        self.config, self.max_length = GPTConfig(train_length=train_length, vocab_size=vocab_size), math.inf
-        self.period = period
-
-    def forward(self, tokens, targets=None, past=None, last=None):
-        before = past.layers.get(0, tokens[:, :0])
-        seen = past.layers[0] = torch.cat((before, tokens), dim=1)
-        if targets is None:
-            return None
-        place = torch.arange(seen.shape[1] - targets.shape[1], seen.shape[1]) + 1 - self.period
-        guess, V = seen[:, place.clamp(min=0)], self.config.vocab_size
-        p = torch.where(guess == targets, 0.75, 0.25 / (V - 1))
-        return -torch.where(place >= 0, p, 1 / V).log()
 
 
 def test_a_model_that_copies_has_the_loss_computed_by_hand():
@@ -194,12 +213,3 @@ def test_a_model_that_copies_has_the_loss_computed_by_hand():
     by_position = perplexity.position_loss(model, text, CPU, 3, T=8)["loss"]  # of two positions each
     assert by_position[:9] == pytest.approx([ln(20)] * 9, rel=1e-6)
     assert by_position[9:11] == pytest.approx([(ln(20) - ln(0.75)) / 2, -ln(0.75)], rel=1e-6)
-
-
-def test_lengths_in_tokens_score_the_same_targets_within_the_shortest():
-    model = Recorder(16)
-    multiples = [length / 16 for length in (6, 16, 37)]
-    assert length_loss(model, dataset([200, 50, 300]), CPU, 5, multiples)["lengths"] == [6, 16, 37]
-    targets = [y for _, y in model.calls]
-    assert all(y.shape[1] == 3 for y in targets)  # half of the shortest, and less than T/4
-    assert {tuple(row.tolist()) for row in targets[0]} == {tuple(row.tolist()) for row in targets[-1]}

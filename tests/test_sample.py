@@ -1,5 +1,6 @@
 """Text past the training length: what is printed, what is refused, and the scores under it."""
 
+import math
 import os
 import re
 import shlex
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import dataset
+from small import CPU, Copier, dataset
 
 import sample
 from core import runs
@@ -27,10 +28,27 @@ def test_streams_past_the_training_length_marks_it_and_scores_blocks(trained, ca
     assert done.stdout.count(f"[--- {T} tokens: the training length ends here ---]") == 1
     assert "\x1b" not in done.stdout  # no terminal, no escape codes
     assert re.search(r"128 tokens in [\d.]+ s, \d+ tokens/s", done.stdout)
-    rows = re.findall(r"^ +(\d+) - (\d+) +([\d.]+) +([\d.]+)%$", done.stdout, re.MULTILINE)
-    assert [(int(a), int(b)) for a, b, _, _ in rows][:3] == [(12, 15), (16, 31), (32, 47)]
+    rows = re.findall(r"^ +(\d+) - (\d+) +([\d.]+) +([\d.]+)% +([+-][\d.]+)$", done.stdout, re.MULTILINE)
+    assert [(int(a), int(b)) for a, b, *_ in rows][:3] == [(12, 15), (16, 31), (32, 47)]
     assert int(rows[-1][1]) == 12 + 128 - 1
-    assert all(0 < float(loss) < 10 and 0 <= float(share) <= 100 for _, _, loss, share in rows)
+    assert all(0 < float(loss) < 10 and 0 <= float(share) <= 100 for _, _, loss, share, _ in rows)
+    assert float(rows[0][-1]) == 0 != float(rows[-1][-1])  # within T there is no far context
+    done = call_script("sample.py", trained, "--tokens=20", f"--crop={T}")
+    assert "repeated 4-grams\n" in done.stdout  # it has read no more than T tokens
+
+
+def test_far_context_is_what_the_loss_changes_by_without_it():
+    """Tokens after the tenth stood ten tokens before. Windows of 8 hide that, and the first of 16 shows six of them."""
+    ids, options = torch.arange(10).repeat(3)[None], sample.Options()
+    far = sample.far_context(Copier(10, 10, 8), ids, 8, options, CPU)
+    gained = -math.log(0.75) - math.log(10)
+    assert far == pytest.approx([0] * 9 + [gained] * 20, rel=1e-6)
+    far = sample.far_context(Copier(10, 10, 16), ids, 16, options, CPU)
+    # From token 17 on, windows of 16 move by 8: of each 8 tokens the first has 9 before it, and the others enough.
+    assert far == pytest.approx([gained if token in (17, 25) else 0 for token in range(1, 30)], rel=1e-6)
+    table = sample.block_table([list(range(30))], [[1.0] * 29], [[0.0] * 15 + [0.5] * 14], 1, 16)
+    assert table[0].endswith("  far context")
+    assert [line.split()[-1] for line in table[1:]] == ["+0.000", "+0.500"]
 
 
 def test_the_same_seed_gives_the_same_text_and_samples_differ(trained, call_script):

@@ -65,6 +65,7 @@ def test_attention_that_is_uniform(monkeypatch):
         seen = np.arange(length - 4, length) + 1
         assert found["entropy"][row] == pytest.approx(np.log(seen).mean())
         assert found["first"][row] == pytest.approx((1 / seen).mean())
+        assert found["far"][row] == pytest.approx((np.maximum(0, seen - 16) / seen).mean(), abs=1e-12)
         assert found["share"][row] == pytest.approx(1)
         assert found["by_layer"]["entropy"][row] == pytest.approx([np.log(seen).mean()] * 2)
 
@@ -73,15 +74,27 @@ def test_attention_that_falls_by_a_constant_factor():
     """alibi alone: the weights are a geometric series."""
     found = spread.attention(blind("alibi"), text(1, 65), CPU, [16, 64])
     for row, length in enumerate((16, 64)):
-        entropy, first = [], []
+        entropy, first, far = [], [], []
         for slope in (2.0 ** (-2 * h) for h in (1, 2, 3, 4)):
             for count in range(length - 3, length + 1):
                 r = math.exp(-slope)
                 total, mean = (1 - r**count) / (1 - r), r / (1 - r) - count * r**count / (1 - r**count)
                 entropy.append(math.log(total) + slope * mean)
                 first.append(r ** (count - 1) / total)
+                far.append(max(0.0, r**16 - r**count) / (1 - r) / total)
         assert found["entropy"][row] == pytest.approx(np.mean(entropy))
         assert found["first"][row] == pytest.approx(np.mean(first))
+        assert found["far"][row] == pytest.approx(np.mean(far), abs=1e-12)
+
+
+@pytest.mark.parametrize("window", [8, 20])
+def test_a_window_bounds_what_is_far(window, monkeypatch):
+    """Uniform attention over a layer's window, from a cache that has dropped what lies before it."""
+    monkeypatch.setattr(cache, "PIECE", 7)
+    found = spread.attention(blind(f"none(window={window})"), text(2, 65), CPU, [64])
+    assert found["far"] == pytest.approx([max(0, window - 16) / window], abs=1e-12)
+    near = spread.attention(blind("none"), text(2, 65), CPU, [64], T=8)["far"]  # the last two queries
+    assert near == pytest.approx([np.mean([(n - 8) / n for n in (63, 64)])])
 
 
 @pytest.mark.parametrize("spec", ["rope", "fox", "t5", "sinusoidal"])

@@ -48,14 +48,14 @@ def test_means_and_paired_differences():
     ]
 
 
-def test_a_length_holds_while_perplexity_is_within_five_percent():
+def test_a_length_breaks_nothing_while_perplexity_is_within_five_percent():
     def result(*losses):
         return {"train_length": 10, "lengths": [5, 10, 15, 20, 40][: len(losses)], "loss": list(losses)}
 
-    assert tables.holds_to(result(9, 1, 1 + math.log(1.049), 1, 1.1)) == 2
-    assert tables.holds_to(result(9, 1, 1 + math.log(1.051), 1, 1)) == 1  # what comes back later does not count
-    assert tables.holds_to(result(9, 1, 0.9, 0.8, 0.7)) == 4
-    assert tables.holds_to(result(9)) is None
+    assert tables.not_broken_to(result(9, 1, 1 + math.log(1.049), 1, 1.1)) == 2
+    assert tables.not_broken_to(result(9, 1, 1 + math.log(1.051), 1, 1)) == 1  # what comes back later does not count
+    assert tables.not_broken_to(result(9, 1, 0.9, 0.8, 0.7)) == 4
+    assert tables.not_broken_to(result(9)) is None
 
 
 def test_runs_of_two_lengths_share_their_columns():

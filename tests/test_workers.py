@@ -137,6 +137,12 @@ def test_odd_results_are_set_aside_and_made_again(tmp_path, capsys):
         assert capsys.readouterr().err.startswith(f"{file} is damaged: set aside as results.json.damaged")
 
 
+def test_a_text_that_was_scored_on_other_targets_is_measured_anew():
+    record = {"train_length": 32, "step": 5, "lengths": [16, 32], "loss": [1.0] * 2}
+    assert not workers.up_to_date({"a": record}, 5, "x")
+    assert workers.up_to_date({"a": record | {"own_context": 512}}, 5, "x")
+
+
 def test_a_task_that_was_measured_at_other_lengths_is_measured_anew():
     record = {"train_length": 32, "step": 5, "lengths": [16, 32, 48, 64, 128, 256], "exact": [1.0] * 6}
     assert workers.up_to_date({"a": record}, 5, "x")
