@@ -6,7 +6,8 @@ A loss that is flat past T says that longer contexts break nothing, and not that
 themselves, and the gain is what their loss falls by. It is measured against the same window with another passage in
 that place, of the same length, from another part of the text. So the two readings differ in nothing but the content
 of these tokens: positions, the length of the context and the words around the hole in it are the same. A first
-reading of the passage at its earlier place would differ in all of these.
+reading of the passage at its earlier place would differ in all of these. A small gain need not be a copy: a model that
+counts letters profits from the same letters too.
 
 **Key tokens.** Few tokens of a text need far context, and a mean over all of them drowns these (Fang et al. 2024, "What
 is Wrong with Perplexity for Long-context Language Modeling?", arXiv 2410.23771). One model that was trained on longer
