@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from core.files import atomic
 
 COLOURS = ["#0b6e99", "#d1495b", "#2e8b57", "#edae49", "#7b5ea7", "#5c5c5c", "#c26a00", "#3d5a80"]
 STYLES = ["-", "--", ":"]  # one for each round of the colours
+WIDTH = 36  # characters of a name in one line of a legend
 
 
 def slug(text):
@@ -28,7 +30,7 @@ def lines(path, series, x_label, y_label, *, log_x=False, log_y=False, mark_x=No
         for index, (name, (xs, ys, *band)) in enumerate(series.items()):
             look = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
             # A name can be a folder's, whose bytes need not be UTF-8; a dollar would begin a formula.
-            look["label"] = os.fsencode(name).decode(errors="replace").replace("$", r"\$")
+            look["label"] = textwrap.fill(os.fsencode(name).decode(errors="replace").replace("$", r"\$"), WIDTH)
             axes.plot(xs, ys, marker="o" if len(xs) < 30 else None, markersize=4, **look)
             if band:
                 axes.fill_between(xs, *band, color=look["color"], alpha=0.2, linewidth=0)
